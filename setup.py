@@ -1,0 +1,267 @@
+"""Builds longattn._C (C++ for every instruction set, CUDA when nvcc is there) with ninja and without torch.
+
+Switches, all environment variables: LONGATTN_NO_EXT=1 (pure Python), LONGATTN_CUDA=auto|0|1,
+LONGATTN_CUDA_ARCHS="80;90a;100", LONGATTN_WERROR=1 (warnings are errors), MAX_JOBS, CXX, CUDA_HOME. What was built,
+and why something was not, is printed in one line and kept in longattn/_build.json for `longattn doctor`.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build" / f"objects-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+
+# lowest level first: the linker keeps the first copy of an inline function, which must run on every machine
+X86_ISAS = {
+    "v2": "-march=x86-64-v2",
+    "v3": "-march=x86-64-v3",
+    "v4": "-march=x86-64-v4 -mprefer-vector-width=512",
+    "v4bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
+}
+ISAS = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"generic": ""}
+CUDA_ARCHS = "80;90a;100"
+COMPILE = "-O3 -std=c++17 -fPIC -fopenmp -ffp-contract=fast -fvisibility=hidden -Wall -Wextra"
+HARDEN = "-fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2"
+# a static cudart must not mix its symbols with the libcudart.so that torch loads
+LINK = "-shared -fopenmp -Wl,-z,relro,-z,now -Wl,--exclude-libs,ALL"
+PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint probe() { return omp_get_max_threads(); }\n"
+
+
+def switch(name, default, allowed):
+    value = os.environ.get(name) or default
+    if value not in allowed:
+        raise SystemExit(f"longattn: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def jobs():
+    value = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not value.isdigit() or int(value) == 0:
+        raise SystemExit(f"longattn: MAX_JOBS must be a positive whole number, got {value!r}")
+    return value
+
+
+NO_EXT = switch("LONGATTN_NO_EXT", "0", ("0", "1")) == "1"
+CUDA = switch("LONGATTN_CUDA", "auto", ("auto", "0", "1"))
+WERROR = switch("LONGATTN_WERROR", "0", ("0", "1")) == "1"
+
+
+def run(*command):
+    """(succeeded, what it printed) of a command; one that cannot be started has not succeeded."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    except OSError as error:
+        return False, str(error)
+    return done.returncode == 0, done.stderr + done.stdout
+
+
+def complaint(output):
+    """The line of a compiler's output that says what is wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it failed silently"]
+    return next((line for line in lines if re.search("error|fatal", line, re.I)), lines[-1])
+
+
+@functools.cache
+def cxx():
+    """(command, "") of the C++ compiler, or (None, why there is none). One that works builds Python + OpenMP code."""
+    if NO_EXT:
+        return None, "LONGATTN_NO_EXT=1"
+    if not sys.platform.startswith("linux"):
+        return None, f"the extension is built on Linux only, this is {sys.platform}"
+    command = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++"))
+    if not shutil.which(command[0]):
+        return None, f"no C++ compiler: {command[0]} is not on PATH"
+    with tempfile.TemporaryDirectory() as tmp:
+        (source := Path(tmp, "probe.cpp")).write_text(PROBE)
+        flags = [*COMPILE.split(), *LINK.split(), f"-I{sysconfig.get_path('include')}"]
+        worked, output = run(*command, *flags, str(source), "-o", str(Path(tmp, "probe.so")))
+    return (command, "") if worked else (None, f"no working C++ compiler: {complaint(output)}")
+
+
+def isas():
+    """The instruction sets whose flags the compiler knows, and why the others are left out."""
+    flags, why_not = {}, {}
+    for name, march in ISAS.items():
+        worked, output = run(*cxx()[0], *march.split(), "-x", "c++", "-fsyntax-only", os.devnull)
+        if worked:
+            flags[name] = march
+        else:
+            why_not[name] = f"the compiler refuses {march}: {complaint(output)}"
+    return flags, why_not
+
+
+def nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    return found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda():
+    """The CUDA toolchain as a dict, or the sentence that says why there is none."""
+    if CUDA == "0":
+        return "LONGATTN_CUDA=0"
+    if not (compiler := nvcc()):
+        return "nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda"
+    with tempfile.TemporaryDirectory() as tmp:
+        (source := Path(tmp, "probe.cu")).touch()
+        # preprocessing reads the toolkit's check of the host compiler's version
+        host = ["-ccbin", cxx()[0][0]] if len(cxx()[0]) == 1 else []
+        worked, output = run(compiler, *host, "-E", str(source))
+        if not worked:
+            return f"{compiler} does not work with {' '.join(cxx()[0])}: {complaint(output)}"
+        given = os.environ.get("LONGATTN_CUDA_ARCHS")
+        archs, unknown, libraries = [], [], []
+        for arch in re.split(r"[;,\s]+", (given or CUDA_ARCHS).strip(" ;,")):
+            if not re.fullmatch(r"\d{2,3}[af]?", arch):
+                raise SystemExit(f'longattn: LONGATTN_CUDA_ARCHS must look like "{CUDA_ARCHS}", got {given!r}')
+            known, output = run(compiler, *host, "--dryrun", *gencode([arch]), "-c", str(source))
+            if not known and given:
+                raise SystemExit(f"longattn: LONGATTN_CUDA_ARCHS asks for {arch}: {complaint(output)}")
+            (archs if known else unknown).append(arch)
+            libraries = [*re.findall(r"^#\$ LIBRARIES=(.*)$", output, re.M), *libraries]
+    if not archs:
+        return f"{compiler} knows none of the architectures {CUDA_ARCHS}"
+    version = re.search(r"release ([\d.]+)", run(compiler, "--version")[1])
+    return {
+        "nvcc": compiler,
+        "host": host,
+        "version": version.group(1) if version else "unknown",
+        "archs": archs,
+        "unknown": unknown,
+        "link": [*shlex.split(libraries[0] if libraries else ""), "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+    }
+
+
+def gencode(archs):
+    """Machine code for each architecture; the newest also as PTX, for GPUs that are newer still."""
+    newest = max(archs, key=lambda arch: int(arch.rstrip("af")))
+    return [f"-gencode=arch=compute_{a},code=" + (f"[sm_{a},compute_{a}]" if a == newest else f"sm_{a}") for a in archs]
+
+
+def ninja_file(target, flags, toolkit):
+    """build.ninja: csrc/*.cpp once, csrc/cpu/*.cpp once per instruction set, csrc/cuda/*.cu when there is a toolkit."""
+    import pybind11
+
+    common = [*COMPILE.split(), *HARDEN.split(), f"-I{ROOT / 'csrc'}"] + ["-Werror"] * WERROR
+    python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+    binding = [*common, *python, "-DLONGATTN_ISAS=" + " ".join(f"X({name})" for name in flags)]
+    binding += ["-DLONGATTN_WITH_CUDA=1"] if toolkit else []
+    path = lambda p: str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
+    command = lambda words: shlex.join(map(str, words)).replace("$", "$$")  # noqa: E731
+    lines, objects = [], []
+
+    def rule(name, compiler, arguments, more=""):
+        lines.append(f"rule {name}\n  command = {command(compiler)} {arguments}\n  description = {name} $out\n{more}")
+
+    def compile_(rule_name, source, name, words):
+        objects.append(OBJECTS / f"{name}.o")
+        lines.append(f"build {path(objects[-1])}: {rule_name} {path(source)}\n  flags = {command(words)}\n")
+
+    depends = "  depfile = $out.d\n  deps = gcc\n"
+    rule("cxx", cxx()[0], "$flags -MMD -MF $out.d -c $in -o $out", depends)
+    rule("link", cxx()[0], "$in -o $out $flags")
+    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        compile_("cxx", source, source.stem, binding)
+    for isa, march in flags.items():
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            compile_("cxx", source, f"cpu.{source.stem}.{isa}", [*common, *march.split(), f"-DLONGATTN_ISA={isa}"])
+    if toolkit:
+        rule("nvcc", [toolkit["nvcc"], *toolkit["host"]], "$flags -MMD -MF $out.d -c $in -o $out", depends)
+        host = "-Xcompiler=" + ",".join(["-fPIC", "-fvisibility=hidden", "-Wall", *HARDEN.split()])
+        words = ["-O3", "-std=c++17", "--cudart=static", host, f"-I{ROOT / 'csrc'}", *gencode(toolkit["archs"])]
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            compile_("nvcc", source, f"cuda.{source.stem}", words + ["-Werror=all-warnings"] * WERROR)
+    link = LINK.split() + (toolkit["link"] if toolkit else [])
+    lines.append(f"build {path(target)}: link {' '.join(map(path, objects))}\n  flags = {command(link)}\n")
+    return "\n".join(lines)
+
+
+def record(folder, summary):
+    """Keeps the summary beside the package, where `longattn doctor` reads it, and prints it in one line."""
+    text = json.dumps(summary, indent=1) + "\n"
+    (folder / "longattn").mkdir(parents=True, exist_ok=True)
+    (folder / "longattn" / "_build.json").write_text(text)
+    if summary["extension"]:
+        made = f"longattn: built the C++ extension for {', '.join(summary['isas'])} ({summary['compiler']})"
+        made += f" and CUDA {summary['cuda']} for {', '.join(summary['cuda_archs'])}" if summary["cuda"] else ""
+    else:
+        made = "longattn: a pure Python install, without the C++ extension"
+    print("; ".join([made, *(f"no {what}: {why}" for what, why in summary["not_built"].items())]), flush=True)
+
+
+class BuildExt(build_ext):
+    def run(self):
+        (flags, why_not), toolkit = isas(), cuda()
+        if not flags:
+            raise SystemExit(f"longattn: the compiler refuses every instruction set: {why_not}")
+        if isinstance(toolkit, str):
+            if CUDA == "1":
+                raise SystemExit(f"longattn: LONGATTN_CUDA=1, but {toolkit}")
+            why_not["cuda"], toolkit = toolkit, None
+        else:
+            why_not |= {f"sm_{arch}": f"nvcc {toolkit['version']} does not know it" for arch in toolkit["unknown"]}
+        if missing := [name for name in ("pybind11", "ninja") if not importlib.util.find_spec(name)]:
+            raise SystemExit(
+                f"longattn: building the extension needs {' and '.join(missing)}; pip install {' '.join(missing)}"
+            )
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        filename = Path(self.get_ext_filename("longattn._C"))
+        target = OBJECTS / filename.name
+        (OBJECTS / "build.ninja").write_text(ninja_file(target, flags, toolkit))
+        if subprocess.call([sys.executable, "-m", "ninja", "-C", str(OBJECTS), "-j", jobs()]):
+            raise SystemExit("longattn: the extension did not build, see above; LONGATTN_NO_EXT=1 installs without it")
+        summary = {
+            "extension": True,
+            "isas": list(flags),
+            "compiler": run(*cxx()[0], "--version")[1].splitlines()[0],
+            "cuda": toolkit and toolkit["version"],
+            "cuda_archs": toolkit["archs"] if toolkit else [],
+            "not_built": why_not,
+        }
+        for folder in {Path(self.build_lib), ROOT} if self.inplace else {Path(self.build_lib)}:
+            (folder / filename).parent.mkdir(parents=True, exist_ok=True)
+            # replaced, not overwritten: a process that has the old file mapped keeps it
+            shutil.copyfile(target, partial := folder / f"{filename}.partial")
+            os.replace(partial, folder / filename)
+        record(ROOT if self.inplace else Path(self.build_lib), summary)
+
+
+class BuildPy(build_py):
+    def run(self):
+        super().run()
+        if cxx()[0]:
+            return
+        if self.editable_mode:
+            for stale in (ROOT / "longattn").glob("_C.*"):
+                stale.unlink()
+        why = {"extension": cxx()[1]}
+        record(
+            ROOT if self.editable_mode else Path(self.build_lib),
+            {"extension": False, "isas": [], "compiler": None, "cuda": None, "cuda_archs": [], "not_built": why},
+        )
+
+
+if CUDA == "1" and not cxx()[0]:
+    raise SystemExit(f"longattn: LONGATTN_CUDA=1 cannot be met: {cxx()[1]}")
+
+setup(
+    packages=[*find_packages(include=["longattn", "longattn.*"]), "longattn.kernels"],
+    package_dir={"longattn.kernels": "kernels/triton"},
+    ext_modules=[Extension("longattn._C", [])] if cxx()[0] else [],
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+)
