@@ -49,16 +49,12 @@ def switch(name, default, allowed):
     return value
 
 
-def jobs():
-    value = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    if not value.isdigit() or int(value) == 0:
-        raise SystemExit(f"longattn: MAX_JOBS must be a positive whole number, got {value!r}")
-    return value
-
-
 NO_EXT = switch("LONGATTN_NO_EXT", "0", ("0", "1")) == "1"
 CUDA = switch("LONGATTN_CUDA", "auto", ("auto", "0", "1"))
 WERROR = switch("LONGATTN_WERROR", "0", ("0", "1")) == "1"
+JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+if not re.fullmatch("0*[1-9][0-9]*", JOBS):
+    raise SystemExit(f"longattn: MAX_JOBS must be a positive whole number, got {JOBS!r}")
 
 
 def run(*command):
@@ -105,46 +101,36 @@ def isas():
     return flags, why_not
 
 
-def nvcc():
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
-    return found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
 def cuda():
-    """The CUDA toolchain as a dict, or the sentence that says why there is none."""
+    """(CUDA toolchain, "") or ({}, why there is none)."""
     if CUDA == "0":
-        return "LONGATTN_CUDA=0"
-    if not (compiler := nvcc()):
-        return "nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda"
+        return {}, "LONGATTN_CUDA=0"
+    home = os.path.join(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")
+    on_path, at_home = shutil.which("nvcc"), shutil.which("nvcc", path=home)
+    if not (nvcc := (at_home or on_path) if "CUDA_HOME" in os.environ else (on_path or at_home)):
+        return {}, "nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda"
+    given = os.environ.get("LONGATTN_CUDA_ARCHS")
+    wanted = re.split(r"[;,\s]+", (given or CUDA_ARCHS).strip(" ;,"))
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in wanted):
+        raise SystemExit(f'longattn: LONGATTN_CUDA_ARCHS must look like "{CUDA_ARCHS}", got {given!r}')
+    command = [nvcc, "-ccbin", cxx()[0][0]] if len(cxx()[0]) == 1 else [nvcc]
     with tempfile.TemporaryDirectory() as tmp:
         (source := Path(tmp, "probe.cu")).touch()
-        # preprocessing reads the toolkit's check of the host compiler's version
-        host = ["-ccbin", cxx()[0][0]] if len(cxx()[0]) == 1 else []
-        worked, output = run(compiler, *host, "-E", str(source))
+        # preprocessing reads the toolkit's own check of the host compiler's version
+        worked, output = run(*command, "-E", str(source))
         if not worked:
-            return f"{compiler} does not work with {' '.join(cxx()[0])}: {complaint(output)}"
-        given = os.environ.get("LONGATTN_CUDA_ARCHS")
-        archs, unknown, libraries = [], [], []
-        for arch in re.split(r"[;,\s]+", (given or CUDA_ARCHS).strip(" ;,")):
-            if not re.fullmatch(r"\d{2,3}[af]?", arch):
-                raise SystemExit(f'longattn: LONGATTN_CUDA_ARCHS must look like "{CUDA_ARCHS}", got {given!r}')
-            known, output = run(compiler, *host, "--dryrun", *gencode([arch]), "-c", str(source))
-            if not known and given:
-                raise SystemExit(f"longattn: LONGATTN_CUDA_ARCHS asks for {arch}: {complaint(output)}")
-            (archs if known else unknown).append(arch)
-            libraries = [*re.findall(r"^#\$ LIBRARIES=(.*)$", output, re.M), *libraries]
+            return {}, f"{nvcc} does not work with {shlex.join(cxx()[0])}: {complaint(output)}"
+        tried = {arch: run(*command, "--dryrun", *gencode([arch]), "-c", str(source)) for arch in wanted}
+    archs = [arch for arch in wanted if tried[arch][0]]
+    unknown = [arch for arch in wanted if not tried[arch][0]]
+    if unknown and given:
+        raise SystemExit(f"longattn: LONGATTN_CUDA_ARCHS asks for {unknown[0]}: {complaint(tried[unknown[0]][1])}")
     if not archs:
-        return f"{compiler} knows none of the architectures {CUDA_ARCHS}"
-    version = re.search(r"release ([\d.]+)", run(compiler, "--version")[1])
-    return {
-        "nvcc": compiler,
-        "host": host,
-        "version": version.group(1) if version else "unknown",
-        "archs": archs,
-        "unknown": unknown,
-        "link": [*shlex.split(libraries[0] if libraries else ""), "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
-    }
+        return {}, f"{nvcc} knows none of the architectures {CUDA_ARCHS}"
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", tried[archs[0]][1], re.M)
+    link = [*shlex.split(libraries[1] if libraries else ""), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    version = re.search(r"release ([\d.]+)", run(nvcc, "--version")[1])[1]
+    return {"command": command, "version": version, "archs": archs, "unknown": unknown, "link": link}, ""
 
 
 def gencode(archs):
@@ -181,83 +167,82 @@ def ninja_file(target, flags, toolkit):
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             compile_("cxx", source, f"cpu.{source.stem}.{isa}", [*common, *march.split(), f"-DLONGATTN_ISA={isa}"])
     if toolkit:
-        rule("nvcc", [toolkit["nvcc"], *toolkit["host"]], "$flags -MMD -MF $out.d -c $in -o $out", depends)
+        rule("nvcc", toolkit["command"], "$flags -MMD -MF $out.d -c $in -o $out", depends)
         host = "-Xcompiler=" + ",".join(["-fPIC", "-fvisibility=hidden", "-Wall", *HARDEN.split()])
         words = ["-O3", "-std=c++17", "--cudart=static", host, f"-I{ROOT / 'csrc'}", *gencode(toolkit["archs"])]
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             compile_("nvcc", source, f"cuda.{source.stem}", words + ["-Werror=all-warnings"] * WERROR)
-    link = LINK.split() + (toolkit["link"] if toolkit else [])
+    link = LINK.split() + toolkit.get("link", [])
     lines.append(f"build {path(target)}: link {' '.join(map(path, objects))}\n  flags = {command(link)}\n")
     return "\n".join(lines)
 
 
-def record(folder, summary):
-    """Keeps the summary beside the package, where `longattn doctor` reads it, and prints it in one line."""
-    text = json.dumps(summary, indent=1) + "\n"
-    (folder / "longattn").mkdir(parents=True, exist_ok=True)
-    (folder / "longattn" / "_build.json").write_text(text)
-    if summary["extension"]:
-        made = f"longattn: built the C++ extension for {', '.join(summary['isas'])} ({summary['compiler']})"
-        made += f" and CUDA {summary['cuda']} for {', '.join(summary['cuda_archs'])}" if summary["cuda"] else ""
-    else:
-        made = "longattn: a pure Python install, without the C++ extension"
-    print("; ".join([made, *(f"no {what}: {why}" for what, why in summary["not_built"].items())]), flush=True)
+def record(command, in_place, **built):
+    """Keeps what was built beside the package, where `longattn doctor` reads it, and prints it in one line."""
+    summary = {"extension": False, "isas": [], "compiler": None, "cuda": None, "cuda_archs": [], "left_out": {}}
+    summary |= {"why_no_extension": None, "why_no_cuda": None, **built}
+    folder = (ROOT if in_place else Path(command.build_lib)) / "longattn"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if not summary["extension"]:
+        print(f"longattn: pure Python, without the compiled extension: {summary['why_no_extension']}", flush=True)
+        return
+    line = f"longattn: built for {', '.join(summary['isas'])} with {summary['compiler']}; "
+    line += f"CUDA {summary['cuda']} for {', '.join(summary['cuda_archs'])}" if summary["cuda"] else "no CUDA: "
+    line += "".join(f"; no {name}: {why}" for name, why in summary["left_out"].items())
+    print(line + (summary["why_no_cuda"] or ""), flush=True)
+
+
+def pure(command, in_place):
+    """Nothing is compiled; an extension left by an earlier build in place would not be pure Python."""
+    for stale in (ROOT / "longattn").glob("_C.*") if in_place else ():
+        stale.unlink()
+    record(command, in_place, why_no_extension=cxx()[1], why_no_cuda="there is no compiled extension")
 
 
 class BuildExt(build_ext):
     def run(self):
-        (flags, why_not), toolkit = isas(), cuda()
-        if not flags:
-            raise SystemExit(f"longattn: the compiler refuses every instruction set: {why_not}")
-        if isinstance(toolkit, str):
-            if CUDA == "1":
-                raise SystemExit(f"longattn: LONGATTN_CUDA=1, but {toolkit}")
-            why_not["cuda"], toolkit = toolkit, None
-        else:
-            why_not |= {f"sm_{arch}": f"nvcc {toolkit['version']} does not know it" for arch in toolkit["unknown"]}
+        if not cxx()[0]:
+            return pure(self, self.inplace)
         if missing := [name for name in ("pybind11", "ninja") if not importlib.util.find_spec(name)]:
-            raise SystemExit(
-                f"longattn: building the extension needs {' and '.join(missing)}; pip install {' '.join(missing)}"
-            )
-        OBJECTS.mkdir(parents=True, exist_ok=True)
+            raise SystemExit(f"longattn: compiling needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+        (flags, left_out), (toolkit, why_no_cuda) = isas(), cuda()
+        if CUDA == "1" and not toolkit:
+            raise SystemExit(f"longattn: LONGATTN_CUDA=1, but {why_no_cuda}")
+        left_out |= {f"sm_{arch}": f"CUDA {toolkit['version']} does not know it" for arch in toolkit.get("unknown", [])}
         filename = Path(self.get_ext_filename("longattn._C"))
-        target = OBJECTS / filename.name
-        (OBJECTS / "build.ninja").write_text(ninja_file(target, flags, toolkit))
-        if subprocess.call([sys.executable, "-m", "ninja", "-C", str(OBJECTS), "-j", jobs()]):
+        built = OBJECTS / filename.name
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        (OBJECTS / "build.ninja").write_text(ninja_file(built, flags, toolkit))
+        if subprocess.call([sys.executable, "-m", "ninja", "-C", str(OBJECTS), "-j", JOBS]):
             raise SystemExit("longattn: the extension did not build, see above; LONGATTN_NO_EXT=1 installs without it")
-        summary = {
-            "extension": True,
-            "isas": list(flags),
-            "compiler": run(*cxx()[0], "--version")[1].splitlines()[0],
-            "cuda": toolkit and toolkit["version"],
-            "cuda_archs": toolkit["archs"] if toolkit else [],
-            "not_built": why_not,
-        }
-        for folder in {Path(self.build_lib), ROOT} if self.inplace else {Path(self.build_lib)}:
+        for folder in (Path(self.build_lib), ROOT) if self.inplace else (Path(self.build_lib),):
             (folder / filename).parent.mkdir(parents=True, exist_ok=True)
             # replaced, not overwritten: a process that has the old file mapped keeps it
-            shutil.copyfile(target, partial := folder / f"{filename}.partial")
+            partial = shutil.copyfile(built, folder / f"{filename}.partial")
             os.replace(partial, folder / filename)
-        record(ROOT if self.inplace else Path(self.build_lib), summary)
+        record(
+            self,
+            self.inplace,
+            extension=True,
+            isas=list(flags),
+            compiler=run(*cxx()[0], "--version")[1].splitlines()[0],
+            cuda=toolkit.get("version"),
+            cuda_archs=toolkit.get("archs", []),
+            left_out=left_out,
+            why_no_cuda=why_no_cuda,
+        )
 
 
 class BuildPy(build_py):
     def run(self):
         super().run()
-        if cxx()[0]:
-            return
-        if self.editable_mode:
-            for stale in (ROOT / "longattn").glob("_C.*"):
-                stale.unlink()
-        why = {"extension": cxx()[1]}
-        record(
-            ROOT if self.editable_mode else Path(self.build_lib),
-            {"extension": False, "isas": [], "compiler": None, "cuda": None, "cuda_archs": [], "not_built": why},
-        )
+        if not cxx()[0]:
+            pure(self, self.editable_mode)
 
 
 if CUDA == "1" and not cxx()[0]:
-    raise SystemExit(f"longattn: LONGATTN_CUDA=1 cannot be met: {cxx()[1]}")
+    raise SystemExit(f"longattn: LONGATTN_CUDA=1, but {cxx()[1]}")
 
 setup(
     packages=[*find_packages(include=["longattn", "longattn.*"]), "longattn.kernels"],
