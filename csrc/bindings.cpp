@@ -1,0 +1,96 @@
+// The module longattn._C: one line for each entry point. Tensors cross as (pointer, dtype, sizes, strides).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "isa.h"
+
+namespace py = pybind11;
+using namespace longattn;
+
+namespace {
+
+// None is the empty view
+View view(const py::handle& x) {
+  View v;
+  if (x.is_none()) return v;
+  auto fields = py::cast<py::tuple>(x);
+  py::sequence sizes = fields[2], strides = fields[3];
+  v.data = reinterpret_cast<char*>(fields[0].cast<uintptr_t>());
+  v.dtype = static_cast<DType>(fields[1].cast<int>());
+  v.rank = static_cast<int>(sizes.size());
+  expect(v.rank <= View::max_rank && strides.size() == sizes.size(), "a tensor has more than 6 dimensions");
+  for (int i = 0; i < v.rank; ++i) v.size[i] = sizes[i].cast<int64_t>(), v.stride[i] = strides[i].cast<int64_t>();
+  v.elements();
+  return v;
+}
+
+// a dictionary of named views; a name that is not there is an empty view
+struct Views {
+  py::dict fields;
+  View operator()(const char* name) const {
+    py::object x = fields.attr("get")(name);
+    return view(x);
+  }
+};
+
+LinearProblem linear_problem(const py::dict& fields) {
+  Views get{fields};
+  LinearProblem x;
+  x.q = get("q"), x.k = get("k"), x.v = get("v"), x.mask = get("mask"), x.cu_seqlens = get("cu_seqlens");
+  x.kv = get("kv"), x.k_sum = get("k_sum"), x.workspace = get("workspace");
+  x.feature = fields["feature"].cast<int>(), x.is_causal = fields["is_causal"].cast<bool>();
+  x.normalize = fields["normalize"].cast<bool>(), x.scale = fields["scale"].cast<double>();
+  x.segment = fields["segment"].cast<int64_t>(), x.split = fields["split"].cast<bool>();
+  x.threads = fields["threads"].cast<int>();
+  return x;
+}
+
+void linear_forward(const py::dict& problem, const py::dict& results) {
+  LinearProblem x = linear_problem(problem);
+  Views get{results};
+  LinearForward y;
+  y.out = get("out"), y.normalizer = get("normalizer"), y.kv = get("kv"), y.k_sum = get("k_sum");
+  y.segment_kv = get("segment_kv"), y.segment_k_sum = get("segment_k_sum");
+  y.partial_kv = get("partial_kv"), y.partial_k_sum = get("partial_k_sum");
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.linear_forward(x, y);
+}
+
+void linear_backward(const py::dict& problem, const py::dict& results) {
+  LinearProblem x = linear_problem(problem);
+  Views get{results};
+  LinearBackward y;
+  y.grad_out = get("grad_out"), y.grad_kv = get("grad_kv"), y.grad_k_sum = get("grad_k_sum");
+  y.out = get("out"), y.normalizer = get("normalizer");
+  y.segment_kv = get("segment_kv"), y.segment_k_sum = get("segment_k_sum");
+  y.partial_kv = get("partial_kv"), y.partial_k_sum = get("partial_k_sum");
+  y.dq = get("dq"), y.dk = get("dk"), y.dv = get("dv"), y.dkv = get("dkv"), y.dk_sum = get("dk_sum");
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.linear_backward(x, y);
+}
+
+std::vector<std::string> isas(bool only_supported) {
+  std::vector<std::string> names;
+  for (const Kernels* k : compiled_kernels())
+    if (!only_supported || supported(*k)) names.emplace_back(k->isa);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("isa", [] { return active_kernels().isa; });
+  m.def("isas", [] { return isas(false); });
+  m.def("supported_isas", [] { return isas(true); });
+  m.def("peak_gflops", [](int64_t repeats) { return active_kernels().peak_gflops(repeats); }, py::arg("repeats") = 20000);
+#if defined(LONGATTN_WITH_CUDA)
+  m.def("cuda_built", [] { return true; });
+#else
+  m.def("cuda_built", [] { return false; });
+#endif
+  m.def("linear_workspace", [](int64_t D, int64_t E, bool f64) { return active_kernels().linear_workspace(D, E, f64); });
+  m.def("linear_forward", linear_forward);
+  m.def("linear_backward", linear_backward);
+}

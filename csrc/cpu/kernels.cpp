@@ -1,0 +1,32 @@
+// The table of this instruction set's kernels, and the probe that says what its register tiles can reach.
+#include "kernels.h"
+
+#include <chrono>
+
+#include "prefix.h"
+
+namespace longattn::LONGATTN_ISA {
+
+void linear_forward(const LinearProblem&, const LinearForward&);
+void linear_backward(const LinearProblem&, const LinearBackward&);
+int64_t linear_workspace(int64_t head_dim, int64_t value_dim, bool float64);
+
+// GFLOP/s of one core in float32 tiles on a 64 x 64 x 64 product that stays in the first cache
+static double peak_gflops(int64_t repeats) {
+  constexpr int64_t n = 64, ld = 80;
+  alignas(64) static thread_local float a[n * ld], b[n * ld], c[n * ld];
+  for (int64_t i = 0; i < n * ld; ++i) a[i] = 1e-3f * static_cast<float>(i % 7), b[i] = 1e-3f, c[i] = 0;
+  auto start = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < repeats; ++i)
+    outputs<float>(n, {}, {}, n, {a, ld}, {b, ld}, n, {c, ld}, true);
+  std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return 2e-9 * static_cast<double>(n * n * n * repeats) / seconds.count();
+}
+
+#define LONGATTN_TEXT(x) #x
+#define LONGATTN_NAME(x) LONGATTN_TEXT(x)
+extern const Kernels kernels = {
+    LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, linear_workspace, peak_gflops,
+};
+
+}  // namespace longattn::LONGATTN_ISA

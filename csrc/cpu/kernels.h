@@ -1,0 +1,15 @@
+// One entry point of every CPU kernel for every instruction set it was compiled for.
+#pragma once
+#include "linear.h"
+
+namespace longattn {
+
+struct Kernels {
+  const char* isa;
+  void (*linear_forward)(const LinearProblem&, const LinearForward&);
+  void (*linear_backward)(const LinearProblem&, const LinearBackward&);
+  int64_t (*linear_workspace)(int64_t head_dim, int64_t value_dim, bool float64);
+  double (*peak_gflops)(int64_t repeats);
+};
+
+}  // namespace longattn

@@ -1,0 +1,151 @@
+// Vectors of the widest registers this translation unit may use, as GCC vector types: one source for every instruction
+// set, with intrinsics only where the compiler has no word for the instruction.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace longattn::LONGATTN_ISA {
+
+// LONGATTN_VECTOR_BYTES may be set wider than the machine's registers: the compiler then splits the vectors, which lets
+// a narrow machine run the logic of the wide kernels
+#if !defined(LONGATTN_VECTOR_BYTES)
+#if defined(__AVX512F__)
+#define LONGATTN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define LONGATTN_VECTOR_BYTES 32
+#else
+#define LONGATTN_VECTOR_BYTES 16
+#endif
+#endif
+
+constexpr int vector_bytes = LONGATTN_VECTOR_BYTES;
+template <class T>
+constexpr int width = vector_bytes / sizeof(T);
+
+template <class T>
+struct vector_of {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using V = typename vector_of<T>::type;
+
+template <class T>
+inline V<T> load(const T* p) { return *reinterpret_cast<const typename vector_of<T>::unaligned*>(p); }
+template <class T>
+inline void store(T* p, V<T> x) { *reinterpret_cast<typename vector_of<T>::unaligned*>(p) = x; }
+// x - 0 and not x + 0, which would lose the sign of -0
+template <class T>
+inline V<T> broadcast(T x) { return x - V<T>{}; }
+
+inline V<float> fma(V<float> a, V<float> b, V<float> c) {
+#if defined(__AVX512F__) && LONGATTN_VECTOR_BYTES == 64
+  return (V<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && LONGATTN_VECTOR_BYTES == 32
+  return (V<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+inline V<double> fma(V<double> a, V<double> b, V<double> c) {
+#if defined(__AVX512F__) && LONGATTN_VECTOR_BYTES == 64
+  return (V<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__) && LONGATTN_VECTOR_BYTES == 32
+  return (V<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// the lanes in a fixed order, halves first
+template <class T>
+inline T sum(V<T> x) {
+  T lane[width<T>];
+  store(lane, x);
+  for (int n = width<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  return lane[0];
+}
+
+// e^x for x <= 0, NaN stays NaN, gradual underflow: 2^n e^r with |r| <= log(2)/2, error below 2 ulp
+inline V<float> exp_nonpositive(V<float> x) {
+  typedef int32_t I __attribute__((vector_size(vector_bytes)));
+  // NaN fails the comparison and passes through
+  V<float> y = x < -104.f ? broadcast(-104.f) : x;
+  V<float> shifted = y * 1.44269504f + 12582912.f;  // 1.5 * 2^23 rounds to the nearest integer
+  V<float> n = shifted - 12582912.f;
+  V<float> r = fma(n, broadcast(-0.693359375f), y);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  V<float> p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.f);
+  // 2^n in two factors, so that n below -126 reaches the subnormals
+  I whole = (I)shifted - (I)broadcast(12582912.f), half = whole >> 1;
+  V<float> low = (V<float>)((half + 127) << 23), high = (V<float>)((whole - half + 127) << 23);
+  return p * low * high;
+}
+inline V<double> exp_nonpositive(V<double> x) {
+  double lane[width<double>];
+  store(lane, x);
+  for (double& value : lane) value = std::exp(value);
+  return load(lane);
+}
+
+// transposes a square of vectors in log2(width) rounds of exchanging halves
+template <class T, int Half>
+inline void exchange(V<T> (&x)[width<T>]) {
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+  typedef Index I __attribute__((vector_size(vector_bytes)));
+  constexpr int W = width<T>;
+  I low, high;
+  for (int i = 0; i < W; ++i) {
+    bool upper = i & Half;
+    low[i] = upper ? W + i - Half : i;
+    high[i] = upper ? W + i : i + Half;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & Half) continue;
+    V<T> a = x[i], b = x[i + Half];
+    x[i] = __builtin_shuffle(a, b, low);
+    x[i + Half] = __builtin_shuffle(a, b, high);
+  }
+}
+template <class T>
+inline void transpose_square(V<T> (&x)[width<T>]) {
+  if constexpr (width<T> >= 16) exchange<T, 8>(x);
+  if constexpr (width<T> >= 8) exchange<T, 4>(x);
+  if constexpr (width<T> >= 4) exchange<T, 2>(x);
+  exchange<T, 1>(x);
+}
+
+// [rows][n] -> [n][rows]; both leading dimensions leave room for whole vectors, and what lies past `rows` and `n` is
+// carried along (zeros stay zeros)
+template <class T>
+inline void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t n, T* to, int64_t ld_to) {
+  constexpr int W = width<T>;
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t j = 0; j < n; j += W) {
+      V<T> block[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) block[r] = load(from + (i + r) * ld_from + j);
+      transpose_square<T>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) store(to + (j + r) * ld_to + i, block[r]);
+    }
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+template <class T>
+inline int64_t padded(int64_t n) { return round_up(n, width<T>); }
+
+}  // namespace longattn::LONGATTN_ISA
