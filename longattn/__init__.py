@@ -1,0 +1,25 @@
+"""Long-context attention for PyTorch: fused kernels with exact gradients behind SDPA-like functions and a drop-in module.
+
+Importing this package loads no Triton, touches no GPU, compiles nothing and writes nothing.
+"""
+
+from . import features, nn
+from ._version import __version__
+from .nn.mechanisms import Linear
+from .ops._dispatch import explain
+from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
+from .ops.softmax import softmax_attention
+from .state import LinearState
+
+__all__ = [
+    "Linear",
+    "LinearAttentionOutput",
+    "LinearState",
+    "__version__",
+    "explain",
+    "features",
+    "linear_attention",
+    "linear_attention_with_state",
+    "nn",
+    "softmax_attention",
+]

@@ -1,0 +1,69 @@
+"""The compiled extension `longattn._C`: loaded on first use, spoken to in pointers, sizes and strides."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.bool: 4,
+    torch.int32: 5,
+    torch.uint8: 6,
+}
+
+
+@functools.cache
+def _load():
+    try:
+        return importlib.import_module("longattn._C"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+def extension():
+    """The module `longattn._C`; RuntimeError with the reason where it was not built."""
+    module, _ = _load()
+    if module is None:
+        raise RuntimeError(f"longattn: {missing()}")
+    return module
+
+
+def build_summary() -> dict:
+    """What setup.py built and why something was not; empty where the package was never installed."""
+    try:
+        return json.loads((Path(__file__).parent.parent / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def missing() -> str | None:
+    """Why the compiled CPU kernels are not here; None if they are."""
+    module, error = _load()
+    if module is not None:
+        return None
+    reason = build_summary().get("why_no_extension")
+    return f"the extension was not built: {reason}" if reason else f"the extension does not load: {error}"
+
+
+def missing_cuda() -> str | None:
+    """Why the compiled CUDA kernels are not here; None if they are."""
+    module, _ = _load()
+    if module is None:
+        return missing()
+    if not module.cuda_built():
+        return "the extension was built without CUDA (nvcc was not found, or LONGATTN_CUDA=0)"
+    return None
+
+
+def view(x: Tensor | None):
+    """A tensor as the extension takes it: (pointer, dtype, sizes, strides)."""
+    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.shape, x.stride())

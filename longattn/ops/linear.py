@@ -1,0 +1,411 @@
+"""Linear attention: contract, schema, autograd. The mathematics is in reference/linear.py."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..features import FUSED, FeatureMap
+from ..native import linear as native_linear
+from ..reference import linear as reference
+from ..state import LinearState
+from . import _check, _dispatch
+
+# tokens between two saved states: few enough to split long sequences over cores, many enough that the states
+# are a small share of the inputs
+SEGMENT = {"small": 1024, "large": 4096}
+LARGE_STATE = 64 * 128
+
+
+class LinearAttentionOutput(NamedTuple):
+    """output `[B, Hq, L, E]` in the inputs' dtype, and the state after the last key."""
+
+    output: Tensor
+    state: LinearState
+
+
+class Options(NamedTuple):
+    """What an engine must know beside the tensors."""
+
+    feature: str
+    is_causal: bool
+    normalize: bool
+    scale: float
+    segment: int
+    impl: str
+
+
+def engine(impl: str):
+    """The module whose `forward` and `backward` run this op; they share one signature."""
+    if impl == "triton":
+        from ..kernels import linear as triton_linear
+
+        return triton_linear
+    return native_linear
+
+
+# schema and fakes
+
+_OPTIONS = "str feature, bool is_causal, bool normalize, float scale, int segment, str impl"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens, Tensor? kv, Tensor? k_sum"
+torch.library.define(
+    "longattn::_linear_forward",
+    f"({_INPUTS}, {_OPTIONS}, bool save_segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "longattn::_linear_backward",
+    f"(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, {_INPUTS}, Tensor out, Tensor normalizer, "
+    f"Tensor segment_kv, Tensor segment_k_sum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def slots(q: Tensor, cu_seqlens: Tensor | None, is_causal: bool, segment: int) -> int:
+    """How many segment states one (batch, head) saves."""
+    packed = 1 if cu_seqlens is None else sequences(q, cu_seqlens)
+    if not is_causal:
+        return packed
+    return (q.shape[2] + segment - 1) // segment if cu_seqlens is None else q.shape[2] // segment + packed
+
+
+@torch.library.register_fake("longattn::_linear_forward")
+def _(q, k, v, mask, cu_seqlens, kv, k_sum, feature, is_causal, normalize, scale, segment, impl, save_segments):
+    (B, Hq, L, D), (_, H, _, E) = q.shape, v.shape
+    acc = accumulator(q.dtype)
+    n, ns = sequences(q, cu_seqlens), slots(q, cu_seqlens, is_causal, segment)
+    return (
+        q.new_empty(B, Hq, L, E),
+        q.new_empty((B, Hq, L) if normalize else (0,), dtype=acc),
+        q.new_empty((B, H, ns, D, E) if save_segments else (0,), dtype=acc),
+        q.new_empty((B, H, ns, D) if save_segments else (0,), dtype=acc),
+        q.new_empty(n, H, D, E, dtype=acc),
+        q.new_empty(n, H, D, dtype=acc),
+    )
+
+
+@torch.library.register_fake("longattn::_linear_backward")
+def _(grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, *rest):
+    def like(x):
+        return q.new_empty(x.shape, dtype=x.dtype)
+
+    acc = accumulator(q.dtype)
+    dkv, dk_sum = (q.new_empty(0, dtype=acc) if x is None else like(x) for x in (kv, k_sum))
+    return like(q), like(k), like(v), dkv, dk_sum
+
+
+def _forward(q, k, v, mask, cu_seqlens, kv, k_sum, *rest):
+    *options, save_segments = rest
+    arguments = Options(*options)._asdict()
+    run = engine(arguments.pop("impl"))
+    return run.forward(q, k, v, mask, cu_seqlens, kv, k_sum, save_segments=save_segments, **arguments)
+
+
+def _backward(*arguments):
+    tensors, options = arguments[:14], Options(*arguments[14:])._asdict()
+    return engine(options.pop("impl")).backward(*tensors, **options)
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("longattn::_linear_forward", _device, _forward)
+    torch.library.impl("longattn::_linear_backward", _device, _backward)
+
+
+# autograd
+
+
+class _LinearBackward(torch.autograd.Function):
+    """The first derivative as a node of its own, so that asking for the second gets a sentence."""
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.longattn._linear_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "linear_attention: the kernels have no second derivative; use impl='reference' for double backward"
+        )
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, mask, cu_seqlens, kv, k_sum, options):
+        return torch.ops.longattn._linear_forward(q, k, v, mask, cu_seqlens, kv, k_sum, *options, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        out, normalizer, segment_kv, segment_k_sum, _, _ = output
+        ctx.options = inputs[-1]
+        ctx.mark_non_differentiable(normalizer, segment_kv, segment_k_sum)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:-1], out, normalizer, segment_kv, segment_k_sum)
+
+    @staticmethod
+    def backward(ctx, grad_out, _z, _segment_kv, _segment_k_sum, grad_kv, grad_k_sum):
+        q, k, v, mask, cu_seqlens, kv, k_sum, out, *saved = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if grad_kv is not None or grad_k_sum is not None:
+            B, H = sequences(q, cu_seqlens), k.shape[1]
+            shape, acc = (B, H, k.shape[3], v.shape[3]), accumulator(q.dtype)
+            grad_kv = q.new_zeros(shape, dtype=acc) if grad_kv is None else grad_kv
+            grad_k_sum = q.new_zeros(shape[:3], dtype=acc) if grad_k_sum is None else grad_k_sum
+        dq, dk, dv, dkv, dk_sum = _LinearBackward.apply(
+            grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, out, *saved, *ctx.options
+        )
+        return dq, dk, dv, None, None, *((None, None) if kv is None else (dkv, dk_sum)), None
+
+
+# the public door
+
+
+class _Call(NamedTuple):
+    """One validated call: tensors as the engines take them, and where it would run."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    state: LinearState | None
+    options: Options
+    explanation: _dispatch.Explanation
+
+
+def _check_state(op: str, state, call_sequences: int, k: Tensor, v: Tensor) -> None:
+    _check.require(
+        isinstance(state, LinearState), op, f"state must be a LinearState, got {_check.describe(state)}", TypeError
+    )
+    shape = [call_sequences, k.shape[1], k.shape[3], v.shape[3]]
+    for name, x, expected in (("kv", state.kv, shape), ("k_sum", state.k_sum, shape[:3])):
+        sentence = (
+            f"state.{name} must be {accumulator(k.dtype)} {expected} on {k.device} "
+            f"([sequences, key heads, features, value dim]), got {_check.describe(x)}"
+        )
+        _check.require(isinstance(x, Tensor) and list(x.shape) == expected and x.device == k.device, op, sentence)
+        _check.require(x.dtype == accumulator(k.dtype), op, sentence, TypeError)
+
+
+def _prepare(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    state: LinearState | None = None,
+    feature_map: FeatureMap = "elu",
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = True,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> _Call:
+    _check.attention_inputs(op, q, k, v, enable_gqa)
+    _check.padding_mask(op, key_padding_mask, k)
+    _check.packed_sequences(op, cu_seqlens, q, k)
+    _check.require(
+        scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale)),
+        op,
+        f"scale must be a finite number or None, got {_check.describe(scale)}",
+    )
+    L, S = q.shape[2], k.shape[2]
+    _check.require(
+        not is_causal or L == S or (state is not None and cu_seqlens is None),
+        op,
+        f"is_causal needs as many queries as keys, got {L} and {S}; carry a state with linear_attention_with_state, "
+        "which then aligns the last query with the last key",
+    )
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if callable(feature_map):
+        mapped = [feature_map(x) for x in (q, k)]
+        for x, y in zip((q, k), mapped, strict=True):
+            _check.require(
+                isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.shape[-1] == mapped[0].shape[-1],
+                op,
+                f"feature_map must map [..., D] to [..., M], got {_check.describe(y)} from {_check.describe(x)}",
+            )
+        # a map that works in float32 for accuracy keeps it: the values follow
+        q, k, v, feature = *mapped, v.to(mapped[0].dtype), "identity"
+    else:
+        feature = feature_map
+        _check.require(
+            feature in FUSED, op, f"feature_map must be one of {', '.join(FUSED)} or a callable, got {feature_map!r}"
+        )
+    if state is not None:
+        _check_state(op, state, sequences(q, cu_seqlens), k, v)
+    reasons = {name: _refuses(name, q, k, v, cu_seqlens, is_causal, state) for name in _dispatch.IMPLS}
+    chosen = _dispatch.choose(op, impl, reasons)
+    segment = SEGMENT["large" if q.shape[3] * v.shape[3] > LARGE_STATE else "small"]
+    options = Options(feature, is_causal, normalize, 1.0 if scale is None else float(scale), segment, chosen)
+    return _Call(q, k, v, key_padding_mask, cu_seqlens, state, options, _dispatch.Explanation(op, chosen, reasons))
+
+
+def _refuses(impl, q, k, v, cu_seqlens, is_causal, state) -> str | None:
+    reason = _dispatch.refuses(impl, q)
+    if reason is not None or impl in ("cpu", "reference"):
+        return reason
+    if impl == "cuda":
+        one_token = q.shape[2] == 1 and k.shape[2] == 1 and is_causal and state is not None and cu_seqlens is None
+        if not one_token:
+            return "the CUDA C++ kernel decodes one token with a state; longer inputs run in Triton"
+        grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))
+        return "the CUDA C++ decode step has no backward; longer inputs and gradients run in Triton" if grads else None
+    return engine(impl).refuses(q, k, v)
+
+
+def _run(call: _Call) -> LinearAttentionOutput:
+    q, k, v, mask, cu_seqlens, state, options, _ = call
+    kv, k_sum = (None, None) if state is None else state
+    if options.impl == "reference":
+        return _run_reference(call)
+    L, S = q.shape[2], k.shape[2]
+    if options.is_causal and L != S:
+        return _run_aligned(call)
+    tensors = (q, k, v, mask, cu_seqlens, kv, k_sum)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
+        output, _, _, _, kv, k_sum = _LinearAttention.apply(*tensors, options)
+    else:
+        output, _, _, _, kv, k_sum = torch.ops.longattn._linear_forward(*tensors, *options, False)
+    return LinearAttentionOutput(output, LinearState(kv, k_sum))
+
+
+def _run_reference(call: _Call) -> LinearAttentionOutput:
+    q, k, v, mask, cu_seqlens, state, options, _ = call
+    if options.is_causal and q.shape[2] != k.shape[2]:
+        return _run_aligned(call)
+    acc, (kv, k_sum) = accumulator(q.dtype), (None, None) if state is None else state
+    names = {name: getattr(options, name) for name in ("feature", "is_causal", "normalize", "scale")}
+    output, kv, k_sum = reference.linear_attention(q.to(acc), k.to(acc), v.to(acc), mask, cu_seqlens, kv, k_sum, **names)
+    return LinearAttentionOutput(output.to(q.dtype), LinearState(kv, k_sum))
+
+
+def _run_aligned(call: _Call) -> LinearAttentionOutput:
+    """Causal with a state and L != S: the last query meets the last key, so one part sees only the state."""
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    L, S = q.shape[2], k.shape[2]
+    old = max(S - L, 0)
+    early = max(L - S, 0)
+    first_mask, last_mask = (None, None) if mask is None else (mask[:, :old], mask[:, old:])
+    whole = call.options._replace(is_causal=False)
+    first = _run(call._replace(q=q[:, :, :early], k=k[:, :, :old], v=v[:, :, :old], mask=first_mask, options=whole))
+    last = _run(call._replace(q=q[:, :, early:], k=k[:, :, old:], v=v[:, :, old:], mask=last_mask, state=first.state))
+    return LinearAttentionOutput(torch.cat([first.output, last.output], 2), last.state)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = True,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention with a kernel in place of the softmax, in time and memory linear in the length.
+
+        o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j)
+
+    over the keys j that are not padded and, if causal, j <= i. Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 4-5, 8-9.
+
+    query: `[B, Hq, L, D]`, key: `[B, H, S, D]`, value: `[B, H, S, E]`; float32, bfloat16, float16, or float64 (CPU and
+        reference), one dtype for all, any strides. Sums are float32 (float64 for float64).
+    feature_map: phi, "elu" (elu(x)+1), "relu" (max(x, 0) + 1e-3), "identity", or a callable `[..., D] -> [..., M]`, run
+        eagerly with autograd. With normalize=True features should be positive: the result divides by their sum.
+    is_causal: query i sees keys 0..i; needs L == S.
+    key_padding_mask: bool `[B, S]`, True for a padded key. It leaves numerator and denominator, whatever it holds (NaN too).
+    cu_seqlens: int32 `[N+1]`, boundaries of N sequences packed along the length, from 0 to L; then B = 1 and L = S.
+    scale: multiplies phi(q).phi(k), default 1; cancels when normalize=True.
+    normalize: divide by the sum of the weights. False returns the numerator.
+    enable_gqa: Hq may be a multiple of H; query head h reads key head h // (Hq / H).
+    impl: "auto", "cpu", "triton", "cuda", "reference". See `longattn.explain`.
+
+    Returns `[B, Hq, L, E]` in the inputs' dtype (autocast's under autocast; that of a callable map's features). A query
+    that sees no key, and one whose weights sum to exactly 0, gets 0. Same inputs, same bits, for any number of threads.
+    Raises ValueError or TypeError in a sentence; RuntimeError for a second derivative (impl="reference" has one).
+    """
+    return _run(
+        _prepare(
+            "linear_attention",
+            query,
+            key,
+            value,
+            feature_map=feature_map,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            normalize=normalize,
+            enable_gqa=enable_gqa,
+            impl=impl,
+        )
+    ).output
+
+
+def linear_attention_with_state(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    state: LinearState | None = None,
+    feature_map: FeatureMap = "elu",
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = True,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> LinearAttentionOutput:
+    """`linear_attention` that starts from a state and returns the one after its last key; differentiable through both.
+
+    Splitting a sequence anywhere and carrying the state equals one call; so does feeding it token by token.
+    state: what all queries see beside the keys given here; None is the empty state. `[B, ...]`, or one row for each
+        packed sequence. With a state, causal calls may have L != S: the last query is aligned with the last key, so L < S
+        prefills and reads out only the last L, and L > S lets the first L - S queries see the state alone.
+    Other arguments, dtypes and errors as in `linear_attention`.
+    """
+    return _run(
+        _prepare(
+            "linear_attention_with_state",
+            query,
+            key,
+            value,
+            state=state,
+            feature_map=feature_map,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            normalize=normalize,
+            enable_gqa=enable_gqa,
+            impl=impl,
+        )
+    )
+
+
+for _op in (linear_attention, linear_attention_with_state):
+    _dispatch.plan(_op, lambda *args, _name=_op.__name__, **kwargs: _prepare(_name, *args, **kwargs).explanation)
