@@ -53,6 +53,10 @@ def switch(name, default, allowed):
 NO_EXT = switch("LONGATTN_NO_EXT", "0", ("0", "1")) == "1"
 CUDA = switch("LONGATTN_CUDA", "auto", ("auto", "0", "1"))
 WERROR = switch("LONGATTN_WERROR", "0", ("0", "1")) == "1"
+ASKED_ARCHS = os.environ.get("LONGATTN_CUDA_ARCHS")
+ARCHS = re.split(r"[;,\s]+", (ASKED_ARCHS or CUDA_ARCHS).strip(" ;,"))
+if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in ARCHS):
+    raise SystemExit(f'longattn: LONGATTN_CUDA_ARCHS must look like "{CUDA_ARCHS}", got {ASKED_ARCHS!r}')
 JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 if not re.fullmatch("0*[1-9][0-9]*", JOBS):
     raise SystemExit(f"longattn: MAX_JOBS must be a positive whole number, got {JOBS!r}")
@@ -110,10 +114,6 @@ def cuda():
     on_path, at_home = shutil.which("nvcc"), shutil.which("nvcc", path=home)
     if not (nvcc := (at_home or on_path) if "CUDA_HOME" in os.environ else (on_path or at_home)):
         return {}, "nvcc was not found in CUDA_HOME, on PATH or in /usr/local/cuda"
-    given = os.environ.get("LONGATTN_CUDA_ARCHS")
-    wanted = re.split(r"[;,\s]+", (given or CUDA_ARCHS).strip(" ;,"))
-    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in wanted):
-        raise SystemExit(f'longattn: LONGATTN_CUDA_ARCHS must look like "{CUDA_ARCHS}", got {given!r}')
     command = [nvcc, "-ccbin", cxx()[0][0]] if len(cxx()[0]) == 1 else [nvcc]
     with tempfile.TemporaryDirectory() as tmp:
         (source := Path(tmp, "probe.cu")).touch()
@@ -121,10 +121,10 @@ def cuda():
         worked, output = run(*command, "-E", str(source))
         if not worked:
             return {}, f"{nvcc} does not work with {shlex.join(cxx()[0])}: {complaint(output)}"
-        tried = {arch: run(*command, "--dryrun", *gencode([arch]), "-c", str(source)) for arch in wanted}
-    archs = [arch for arch in wanted if tried[arch][0]]
-    unknown = [arch for arch in wanted if not tried[arch][0]]
-    if unknown and given:
+        tried = {arch: run(*command, "--dryrun", *gencode([arch]), "-c", str(source)) for arch in ARCHS}
+    archs = [arch for arch in ARCHS if tried[arch][0]]
+    unknown = [arch for arch in ARCHS if not tried[arch][0]]
+    if unknown and ASKED_ARCHS:
         raise SystemExit(f"longattn: LONGATTN_CUDA_ARCHS asks for {unknown[0]}: {complaint(tried[unknown[0]][1])}")
     if not archs:
         return {}, f"{nvcc} knows none of the architectures {CUDA_ARCHS}"
@@ -178,33 +178,36 @@ def ninja_file(target, flags, toolkit):
     return "\n".join(lines)
 
 
-def record(command, in_place, **built):
+def record(command, in_place, why_no_extension="", isas=(), compiler=None, toolkit=None, why_no_cuda="", left_out=None):
     """Keeps what was built beside the package, where `longattn doctor` reads it, and prints it in one line."""
-    summary = {"extension": False, "isas": [], "compiler": None, "cuda": None, "cuda_archs": [], "left_out": {}}
-    summary |= {"why_no_extension": None, "why_no_cuda": None, **built}
+    version, archs = (toolkit["version"], toolkit["archs"]) if toolkit else (None, [])
+    summary = {"extension": not why_no_extension, "why_no_extension": why_no_extension, "compiler": compiler}
+    summary |= {"isas": list(isas), "cuda": version, "cuda_archs": archs, "why_no_cuda": why_no_cuda}
+    summary |= {"left_out": left_out or {}}
     folder = (ROOT if in_place else Path(command.build_lib)) / "longattn"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "_build.json").write_text(json.dumps(summary, indent=1) + "\n")
-    if not summary["extension"]:
-        print(f"longattn: pure Python, without the compiled extension: {summary['why_no_extension']}", flush=True)
-        return
-    line = f"longattn: built for {', '.join(summary['isas'])} with {summary['compiler']}; "
-    line += f"CUDA {summary['cuda']} for {', '.join(summary['cuda_archs'])}" if summary["cuda"] else "no CUDA: "
-    line += "".join(f"; no {name}: {why}" for name, why in summary["left_out"].items())
-    print(line + (summary["why_no_cuda"] or ""), flush=True)
+    line = f"longattn: pure Python, without the compiled extension: {why_no_extension}"
+    if not why_no_extension:
+        line = f"longattn: built for {', '.join(isas)} with {compiler}; "
+        line += f"CUDA {version} for {', '.join(archs)}" if toolkit else f"no CUDA: {why_no_cuda}"
+        line += "".join(f"; no {name}: {why}" for name, why in summary["left_out"].items())
+    print(line, flush=True)
 
 
 def pure(command, in_place):
     """Nothing is compiled; an extension left by an earlier build in place would not be pure Python."""
     for stale in (ROOT / "longattn").glob("_C.*") if in_place else ():
         stale.unlink()
-    record(command, in_place, why_no_extension=cxx()[1], why_no_cuda="there is no compiled extension")
+    record(command, in_place, cxx()[1], why_no_cuda="there is no compiled extension")
 
 
 class BuildExt(build_ext):
     def run(self):
         if not cxx()[0]:
             return pure(self, self.inplace)
+        import fcntl
+
         if missing := [name for name in ("pybind11", "ninja") if not importlib.util.find_spec(name)]:
             raise SystemExit(f"longattn: compiling needs {' and '.join(missing)}; pip install {' '.join(missing)}")
         (flags, left_out), (toolkit, why_no_cuda) = isas(), cuda()
@@ -214,25 +217,20 @@ class BuildExt(build_ext):
         filename = Path(self.get_ext_filename("longattn._C"))
         built = OBJECTS / filename.name
         OBJECTS.mkdir(parents=True, exist_ok=True)
-        (OBJECTS / "build.ninja").write_text(ninja_file(built, flags, toolkit))
-        if subprocess.call([sys.executable, "-m", "ninja", "-C", str(OBJECTS), "-j", JOBS]):
+        with open(OBJECTS / "lock", "w") as lock:
+            # two builds of one checkout take turns
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (OBJECTS / "build.ninja").write_text(ninja_file(built, flags, toolkit))
+            failed = subprocess.call([sys.executable, "-m", "ninja", "-C", str(OBJECTS), "-j", JOBS])
+        if failed:
             raise SystemExit("longattn: the extension did not build, see above; LONGATTN_NO_EXT=1 installs without it")
         for folder in (Path(self.build_lib), ROOT) if self.inplace else (Path(self.build_lib),):
             (folder / filename).parent.mkdir(parents=True, exist_ok=True)
             # replaced, not overwritten: a process that has the old file mapped keeps it
             partial = shutil.copyfile(built, folder / f"{filename}.partial")
             os.replace(partial, folder / filename)
-        record(
-            self,
-            self.inplace,
-            extension=True,
-            isas=list(flags),
-            compiler=run(*cxx()[0], "--version")[1].splitlines()[0],
-            cuda=toolkit.get("version"),
-            cuda_archs=toolkit.get("archs", []),
-            left_out=left_out,
-            why_no_cuda=why_no_cuda,
-        )
+        compiler = run(*cxx()[0], "--version")[1].splitlines()[0]
+        record(self, self.inplace, "", flags, compiler, toolkit, why_no_cuda, left_out)
 
 
 class BuildPy(build_py):

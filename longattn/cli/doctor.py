@@ -54,11 +54,18 @@ def _first(pattern: str, text: str) -> str | None:
 
 def _cpu() -> dict:
     extension = None if native.missing() else native.extension()
+    isa, why_no_isa = None, native.missing()
+    if extension:
+        try:
+            isa = extension.isa()
+        except ValueError as error:
+            why_no_isa = str(error)
     return {
         "model": _first(r"^model name\s*:(.*)$", _read("/proc/cpuinfo")) or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "isa": extension and extension.isa(),
+        "isa": isa,
+        "why_no_isa": why_no_isa,
         "isas_built": list(extension.isas()) if extension else [],
         "isas_supported": list(extension.supported_isas()) if extension else [],
     }
@@ -129,7 +136,7 @@ def _print(facts: dict) -> None:
         [
             ("model", cpu["model"]),
             ("cores, threads", f"{cpu['cores']} cores, torch uses {cpu['threads']} threads"),
-            ("in use", cpu["isa"] or "none, the extension is not loaded"),
+            ("in use", cpu["isa"] or f"none: {cpu['why_no_isa']}"),
             ("built", ", ".join(cpu["isas_built"]) or "none"),
             ("runs here", ", ".join(cpu["isas_supported"]) or "none"),
         ],
