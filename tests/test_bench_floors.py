@@ -1,0 +1,135 @@
+"""The floors that benchmarks compare with: flop and byte counts against hand counts and measured-rate arithmetic."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"bench{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+floors = load("_floors")
+H200 = floors.Rates(790e12, 4.3e12)
+
+
+def count_flops(C, D, M, E, projected):
+    """Multiply-adds of one chunk, product by product: forward, and backward with the features recomputed."""
+
+    def product(rows, depth, columns):
+        return 2 * rows * depth * columns
+
+    features = 2 * product(C, D, M) if projected else 0
+    values = E + 1
+    forward = features + product(C, M, C) + product(C, C, E) + product(C, M, values) + product(M, C, values)
+    scores = product(C, values, C) + product(C, M, C)  # g v^T and phi(q) phi(k)^T
+    inside = product(C, C, M) + product(C, C, M) + product(C, C, E)  # dphi(q), dphi(k), dv
+    states = 2 * product(M, C, values) + 3 * product(C, M, values)  # two states kept, three read
+    return forward, 2 * features + scores + inside + states
+
+
+SIZES = [(64, 64, 64, 64), (64, 256, 64, 64), (256, 256, 64, 32), (33, 33, 17, 64)]
+
+
+@pytest.mark.parametrize(("D", "M", "E", "C"), SIZES)
+def test_flops_count_every_product_of_a_chunk(D, M, E, C):
+    shape = floors.Shape(C, 1, 1, D, E, M)
+    forward, backward = count_flops(C, D, M, E, projected=M != D)
+    assert floors.forward_flops(shape, C) == forward
+    assert floors.backward_flops(shape, C) == backward
+
+
+@pytest.mark.parametrize(
+    ("M", "direction", "expected"),
+    [(128, "forward", 0.12), (128, "backward", 0.27), (256, "forward", 0.22), (256, "backward", 0.52)],
+)
+def test_floor_per_token_and_head_of_projected_features_in_nanoseconds(M, direction, expected):
+    one = floors.Shape(1, 1, 1, 64, 64, M, "bfloat16")
+    assert math.isclose(1e9 * floors.floor(one, direction, H200), expected, abs_tol=0.005)
+
+
+def test_floor_grows_with_tokens_and_takes_the_slower_of_arithmetic_and_memory():
+    shape = floors.Shape(65536, 1, 16, 64, 64, 64, "bfloat16")
+    moved = 65536 * 16 * 4 * 64 * 2
+    assert floors.forward_bytes(shape) == moved
+    assert floors.floor(shape, "forward", H200) == moved / 4.3e12
+    slow_arithmetic = floors.Rates(1e9, 4.3e12)
+    assert floors.floor(shape, "forward", slow_arithmetic) == floors.forward_flops(shape) / 1e9
+    both = floors.floor(shape, "forward", H200) + floors.floor(shape, "backward", H200)
+    assert floors.floor(shape, "forward+backward", H200) == both
+
+
+def test_results_are_the_output_and_three_gradients():
+    shape = floors.Shape(16384, 1, 8, 64, 64, 64)
+    assert floors.output_bytes(shape, "forward") == 16384 * 8 * 64 * 4
+    assert floors.output_bytes(shape, "forward+backward") == 4 * 16384 * 8 * 64 * 4
+
+
+def test_decode_floor_reads_and_writes_the_state_once():
+    shape = floors.Shape(1, 8, 8, 64, 64, 64)
+    assert floors.decode_floor(shape, floors.Rates(1e30, 1e9)) == 8 * 8 * 64 * 65 * 8 / 1e9
+
+
+# what make gpu prints, without a GPU
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    # its neighbours are imported by their bare names, as when it runs as a script
+    monkeypatch.syspath_prepend(str(BENCH))
+    return load("gpu")
+
+
+def row(gpu, contender, n, ms, **options):
+    case = gpu.Case(n, H=16, dtype="bfloat16", **options)
+    return {"contender": contender, **case._asdict(), "median_ms": ms, "floor_ms": 0.5, "peak_mb": 3, "floor_mb": 2}
+
+
+def test_speed_up_is_over_the_fastest_exact_attention_of_the_same_call(gpu):
+    rows = [
+        row(gpu, "longattn", 4096, 2.0),
+        row(gpu, gpu.FLASH, 4096, 30.0),
+        row(gpu, gpu.CUDNN, 4096, 20.0),
+        row(gpu, gpu.FLASH, 1024, 1.0),
+        row(gpu, gpu.FLASH, 4096, 1.0, direction="backward"),
+        {**row(gpu, gpu.EFFICIENT, 4096, 0.0), "skipped": "not run"},
+    ]
+    del rows[-1]["median_ms"]
+    _, line = gpu.table(rows)
+    assert line == ["elu M=64", "bfloat16", "forward", "4,096", "2.000", "0.500", "4.0", "20.000", "10.0x", "3 of 2"]
+
+
+def test_no_exact_attention_measured_gives_no_speed_up(gpu):
+    _, line = gpu.table([row(gpu, "longattn", 1 << 20, 2.0), row(gpu, gpu.FLASH, 4096, 30.0)])
+    assert line[7:9] == ["-", "-"]
+
+
+def test_time_of_exact_attention_is_predicted_by_the_square_of_the_length(gpu):
+    measurement = gpu.Measurement({}, deadline=0.0)
+    case = gpu.Case(1 << 20, H=16, dtype="bfloat16")
+    measurement.seconds = {(gpu.FLASH, "bfloat16", "forward", n): s for n, s in ((16384, 0.002), (65536, 0.022))}
+    assert measurement.predicted(gpu.FLASH, case) == 0.022 * 256
+    assert measurement.predicted(gpu.FLASH, case._replace(direction="backward")) > 10
+
+
+def test_out_of_time_is_said_for_each_call_not_run(gpu):
+    measurement = gpu.Measurement({}, deadline=0.0)
+    measurement.measure(gpu.Case(4096, H=16))
+    assert gpu.table(measurement.rows)[1][-1] == "not run: out of time"
+
+
+def test_without_a_gpu_one_sentence_and_exit_code_2(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    assert gpu.main() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "NVIDIA GPU" in err
