@@ -1,0 +1,162 @@
+"""Attention mechanisms side by side at growing lengths: what is measured, what is predicted, where they break even."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.linear import linear_attention
+from ..ops.softmax import softmax_attention
+from . import _measure
+
+
+class Mechanism(NamedTuple):
+    """attend(q, k, v) on `[B, H, L, D]`, and the power of the length by which its time grows."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    power: int
+
+
+# the first is what the others are held against; a new mechanism is one line
+MECHANISMS = {
+    "exact": Mechanism(functools.partial(softmax_attention, is_causal=True), 2),
+    "linear": Mechanism(functools.partial(linear_attention, is_causal=True), 1),
+}
+EXACT = "exact"
+
+
+class Shape(NamedTuple):
+    """Of one attention call, beside its length; batch 1, float32, causal."""
+
+    heads: int = 8
+    head_dim: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One mechanism at one length. Training is forward and backward. Bytes are beyond the inputs."""
+
+    mechanism: str
+    length: int
+    measured: bool
+    forward_s: float
+    forward_bytes: int
+    training_s: float
+    training_bytes: int
+
+
+def lengths(longest: int, shortest: int = 128) -> list[int]:
+    """Halves of the longest length down to the shortest, growing; the longest alone if it is shorter."""
+    found = [longest]
+    while found[0] // 2 >= shortest:
+        found.insert(0, found[0] // 2)
+    return found
+
+
+def measure_attention(mechanism: str, length: int, shape: Shape, threads: int, seed: int) -> Iterator[Point]:
+    """Runs in a fresh process."""
+    torch.set_num_threads(threads)
+    attend = MECHANISMS[mechanism].attend
+    generator = torch.Generator().manual_seed(seed)
+    size = (1, shape.heads, length, shape.head_dim)
+    q, k, v, grad = (torch.randn(size, generator=generator) for _ in range(4))
+
+    def forward(n: int | None = None) -> Tensor:
+        with torch.no_grad():
+            return attend(*(x[:, :, :n] for x in (q, k, v)))
+
+    def training(n: int | None = None) -> tuple[Tensor, ...]:
+        inputs = [x[:, :, :n].detach().requires_grad_() for x in (q, k, v)]
+        output = attend(*inputs)
+        return output, *torch.autograd.grad(output, inputs, grad[:, :, :n])
+
+    # libraries load and threads start on the first call, which is no cost of the mechanism
+    for warm in (forward, training):
+        warm(min(length, 128))
+    yield Point(mechanism, length, True, *_measure.sample(forward), *_measure.sample(training))
+
+
+def predict(last: Point, length: int) -> Point:
+    """A point that was not measured: time by the mechanism's power of the length, memory in proportion to it."""
+    ratio = length / last.length
+    slower = ratio ** MECHANISMS[last.mechanism].power
+    return Point(
+        last.mechanism,
+        length,
+        False,
+        last.forward_s * slower,
+        round(last.forward_bytes * ratio),
+        last.training_s * slower,
+        round(last.training_bytes * ratio),
+    )
+
+
+def points(at: Sequence[int], *, shape: Shape, threads: int, seed: int, limit_s: float, memory: int) -> Iterator[Point]:
+    """Every mechanism at every length, measured unless it would take more than limit_s or memory bytes.
+
+    What would is predicted from the longest measured length of the same mechanism, and says so in `measured`.
+    """
+    last: dict[str, Point] = {}
+    for length in at:
+        inputs = 4 * 4 * length * shape.heads * shape.head_dim
+        for name in MECHANISMS:
+            guess = predict(last[name], length) if name in last else None
+            if guess and (guess.forward_s + guess.training_s > limit_s or guess.training_bytes + inputs > memory):
+                yield guess
+                continue
+            last[name] = _measure.call(measure_attention, name, length, shape, threads, seed)
+            yield last[name]
+
+
+def scores_bytes(length: int, heads: int) -> int:
+    """What the float32 scores of softmax attention take when they are written out: 4 n^2 per head."""
+    return 4 * heads * length * length
+
+
+@dataclasses.dataclass(frozen=True)
+class BreakEven:
+    """From which length on a mechanism is faster than exact attention.
+
+    length: None if it is nowhere. below: it is faster at the shortest measured length already.
+    """
+
+    length: float | None
+    below: bool = False
+
+
+def break_even(at: Sequence[int], exact: Sequence[float], ours: Sequence[float]) -> BreakEven:
+    """Where the curves cross for the last time, on straight lines between the points of a log-log plot."""
+    gaps = [math.log(e / o) for e, o in zip(exact, ours, strict=True)]  # > 0: ours is faster
+    if not gaps or gaps[-1] <= 0:
+        return BreakEven(None)
+    slower = max((i for i, gap in enumerate(gaps) if gap <= 0), default=None)
+    if slower is None:
+        return BreakEven(float(at[0]), below=True)
+    a, b = slower, slower + 1
+    share = gaps[a] / (gaps[a] - gaps[b])
+    return BreakEven(math.exp(math.log(at[a]) + share * math.log(at[b] / at[a])))
+
+
+def break_evens(found: Sequence[Point]) -> dict[str, dict[str, BreakEven]]:
+    """{mechanism: {"forward" and "training": BreakEven}} from the lengths where it and exact were both measured."""
+    exact = {point.length: point for point in found if point.mechanism == EXACT and point.measured}
+    result = {}
+    for name in MECHANISMS:
+        both = [p for p in found if p.mechanism == name != EXACT and p.measured and p.length in exact]
+        if both:
+            at = [p.length for p in both]
+            result[name] = {
+                kind: break_even(
+                    at,
+                    [getattr(exact[n], f"{kind}_s") for n in at],
+                    [getattr(p, f"{kind}_s") for p in both],
+                )
+                for kind in ("forward", "training")
+            }
+    return result

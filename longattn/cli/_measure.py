@@ -1,0 +1,186 @@
+"""Times and peak memory, each measured in a fresh process so that no point inherits memory from another."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+
+# torch maps large blocks with huge pages: without, most of a short call is page faults
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+# a first call that takes longer is the measurement; a shorter one warms up
+LONG_S = 1.5
+REPEAT_S, REPEATS = 0.25, (3, 25)
+
+
+class WorkerError(RuntimeError):
+    """A fresh process failed; the message says why in a sentence."""
+
+
+# fresh processes
+
+
+@contextlib.contextmanager
+def _changed(variable: str, value: str, signal_ignored: int) -> Iterator[None]:
+    """Sets an environment variable unless the user has, and ignores a signal, for a process that inherits both."""
+    kept, handler = os.environ.get(variable), signal.signal(signal_ignored, signal.SIG_IGN)
+    os.environ.setdefault(variable, value)
+    try:
+        yield
+    finally:
+        signal.signal(signal_ignored, handler)
+        if kept is None:
+            del os.environ[variable]
+
+
+def _start(function: Callable, *args) -> tuple[multiprocessing.Process, object]:
+    # a server that has imported torch, and used nothing of it, forks a worker in milliseconds; elsewhere each
+    # worker imports torch by itself
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(sender, function, args), daemon=True)
+    # workers do not hear Ctrl-C: who started them stops them
+    with _changed(HUGE_PAGES, "1", signal.SIGINT):
+        if sys.platform == "linux":
+            context.set_forkserver_preload([__name__, "longattn"])
+            forkserver.ensure_running()
+        process.start()
+    sender.close()
+    return process, receiver
+
+
+def _serve(sender, function: Callable, args: tuple) -> None:
+    """Runs in the worker: sends what the generator yields, then how it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for value in function(*args):
+            sender.send(("value", value))
+        sender.send(("end", None))
+    except BrokenPipeError:
+        pass
+    except Exception as error:
+        sender.send(("error", f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+def stream(function: Callable[..., Iterator], *args) -> Iterator:
+    """Yields what the generator `function(*args)` yields in a fresh process; the process is gone when this ends.
+
+    function must be importable by name. Raises WorkerError if it raises or the process dies. Close this generator when
+    leaving early.
+    """
+    process, receiver = _start(function, *args)
+    try:
+        while True:
+            try:
+                kind, value = receiver.recv()
+            except EOFError:
+                process.join()
+                killed = "was killed, perhaps for its memory" if process.exitcode == -signal.SIGKILL else "ended early"
+                raise WorkerError(f"the worker process {killed} (exit code {process.exitcode})") from None
+            if kind == "end":
+                return
+            if kind == "error":
+                raise WorkerError(value)
+            yield value
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def call(function: Callable[..., Iterator], *args):
+    """The one value that the generator `function(*args)` yields in a fresh process."""
+    with contextlib.closing(stream(function, *args)) as values:
+        return next(values)
+
+
+# peak memory
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def _reset_high_water() -> bool:
+    """Puts the high-water mark of resident memory back to what is resident now; False where that cannot be done."""
+    try:
+        with open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water() -> int:
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _return_free_memory() -> None:
+    """Hands freed heap back to the system, so that its reuse counts as memory again."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class PeakMemory:
+    """`with PeakMemory() as peak: ...`; then peak.bytes is how far resident memory rose above where it stood.
+
+    Where the high-water mark cannot be reset (`method` says so), an earlier peak of the same process may be counted.
+    """
+
+    method = "growth of resident memory at its highest, in a fresh process"
+
+    def __enter__(self) -> PeakMemory:
+        import psutil
+
+        _return_free_memory()
+        if not _reset_high_water():
+            self.method = f"{PeakMemory.method}, whose earlier peaks may count"
+        self.start = psutil.Process().memory_info().rss
+        self.bytes = 0
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bytes = max(0, _high_water() - self.start)
+
+
+# one measurement
+
+
+def sample(function: Callable[[], object]) -> tuple[float, int]:
+    """(median seconds of a call, peak bytes of one call): of its first call if that is long, else when warm."""
+
+    def once() -> tuple[float, int]:
+        with PeakMemory() as peak:
+            start = time.perf_counter()
+            # what it returns is kept until the peak is read
+            kept = function()  # noqa: F841
+            seconds = time.perf_counter() - start
+        return seconds, peak.bytes
+
+    seconds, peak = once()
+    if seconds > LONG_S:
+        return seconds, peak
+    times: list[float] = []
+    while len(times) < REPEATS[0] or (len(times) < REPEATS[1] and sum(times) < REPEAT_S):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), once()[1]
