@@ -1,7 +1,15 @@
 # Every target sets up what it needs, on a fresh machine too; a second call is quick, a changed source is rebuilt.
-#   make test                                     in a virtual environment of its own, .venv
-#   make test TORCH="torch==2.10.0" VENV=.venv210 with another torch
-#   make gpu PYTHON=python3 VENV=none             in an interpreter that has torch, setuptools, pybind11, ninja and pytest
+#   make demo             attention compared and a small Transformer trained, about two minutes; ARGS="--length 8192"
+#   make test             everything that needs no GPU, in a virtual environment of its own (.venv)
+#   make bench            micro-benchmarks, one JSON in bench/results/
+#   make compare          linear attention beside other packages, one JSON in bench/results/
+#   make gpu              tests and benchmarks of a machine with an NVIDIA GPU, one JSON in bench/results/
+#   make lint             ruff
+#   make kernels-check    every CUDA and Triton kernel compiled ahead of time
+#   make wheel-check      sdist and wheel built and installed into empty environments
+#   make clean            what was built, not the virtual environment
+# Another torch:                                make test TORCH="torch==2.10.0" VENV=.venv-2.10
+# An interpreter with everything, no downloads: make gpu PYTHON=python3 VENV=none
 SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,11 +30,11 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 TORCH_READY := $(STAMPS)/$(call tag,$(TORCH))
 
-.PHONY: help demo test bench gpu lint kernels-check wheel-check clean
+.PHONY: help demo test bench compare gpu lint kernels-check wheel-check clean
 .SECONDARY:
 
 help:
-	@echo "make demo | test | bench | gpu | lint | kernels-check | wheel-check | clean"
+	@sed -n 's/^#   //p' Makefile
 
 demo: $(STAMPS)/built-cli
 	$(PY) -m longattn demo $(ARGS)
@@ -39,12 +47,13 @@ kernels-check: $(STAMPS)/built-dev
 	$(PY) -m pytest tests/test_aot.py $(ARGS)
 
 bench: $(STAMPS)/built-dev
-	$(PY) -m pytest bench -m "not gpu" --benchmark-json=bench/results/$$(date +%F)-cpu.json $(ARGS)
+	$(PY) -m pytest bench --benchmark-json=bench/results/$$(date +%F)-micro.json $(ARGS)
+
+compare: $(STAMPS)/built-dev
+	$(PY) bench/compare_linear.py $(ARGS)
 
 gpu: $(STAMPS)/built-dev
-	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no NVIDIA GPU")'
-	$(PY) -m pytest tests bench -m gpu $(ARGS) --benchmark-json=bench/results/$$(date +%F)-$$($(PY) -c \
-	  'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json
+	$(PY) bench/gpu.py $(ARGS)
 
 lint: $(STAMPS)/built-dev
 	$(PY) -m ruff check .
