@@ -31,6 +31,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     direction: str = "forward"
     impl: str = "cpu"
+    is_causal: bool = True
 
     @property
     def shape(self) -> Shape:
@@ -84,7 +85,7 @@ def linear(case: Case) -> Callable[..., Tensor]:
     return functools.partial(
         longattn.linear_attention,
         feature_map="identity" if case.feature == "raw" else case.feature,
-        is_causal=True,
+        is_causal=case.is_causal,
         normalize=case.normalize,
         impl=case.impl,
     )
@@ -95,7 +96,7 @@ def ours(case: Case, inputs: Inputs):
 
 
 def sdpa(case: Case, inputs: Inputs):
-    return directed(case, functools.partial(F.scaled_dot_product_attention, is_causal=True), *inputs)
+    return directed(case, functools.partial(F.scaled_dot_product_attention, is_causal=case.is_causal), *inputs)
 
 
 def fast_transformers(case: Case, inputs: Inputs):
@@ -186,17 +187,15 @@ def output_of(name: str, case: Case, result) -> Tensor:
 # one decoding step
 
 
-def decode_ours(B: int, H: int, D: int, E: int):
-    from longattn import LinearState, linear_attention_with_state
-
-    q, k, v = torch.randn(3, B, H, 1, D).unbind()
-    v = torch.randn(B, H, 1, E)
-    state = LinearState(torch.rand(B, H, D, E), torch.rand(B, H, D))
+def decode_ours(B: int, H: int, D: int, E: int, impl: str = "cpu", dtype: str = "float32"):
+    case, device = Case(1, B=B, H=H, D=D, E=E, dtype=dtype), "cpu" if impl == "cpu" else "cuda"
+    q, k, v, _ = make_inputs(case, device)
+    state = longattn.LinearState(torch.rand(B, H, D, E, device=device), torch.rand(B, H, D, device=device))
 
     @torch.no_grad()
     def step():
         nonlocal state
-        out, state = linear_attention_with_state(q, k, v, state=state, is_causal=True, impl="cpu")
+        out, state = longattn.linear_attention_with_state(q, k, v, state=state, is_causal=True, impl=impl)
         return out
 
     return step

@@ -98,9 +98,19 @@ def resident(field: str = "VmRSS") -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def peak_of(call: Callable[[], object]) -> int:
-    """Bytes by which the resident set grows at most during one call, over what is there before it."""
+def peak_of(call: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes by which memory grows at most during one call, results included, over what is there before it.
+
+    On a CPU the resident set, on a GPU what torch's allocator hands out.
+    """
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, kept = torch.cuda.memory_allocated(), call()
+        torch.cuda.synchronize()
+        del kept
+        return torch.cuda.max_memory_allocated() - before
     reset_peak()
     before = resident()
     kept = call()
@@ -109,11 +119,12 @@ def peak_of(call: Callable[[], object]) -> int:
     return max(0, peak - before)
 
 
-def fresh_peak(contender: str, case: dict, threads: int, timeout: float = 900) -> dict:
+def fresh_peak(contender: str, case: dict, threads: int, timeout: float = 900, device: str = "cpu") -> dict:
     """`peak_of` in a process of its own (`_peak.py`): {"peak_mb": ...}, or {"peak_skipped": why}."""
     environment = {**os.environ, **PEAK_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     environment.pop("THP_MEM_ALLOC_ENABLE", None)
-    command = [sys.executable, str(HERE / "_peak.py"), json.dumps({"contender": contender, "case": case})]
+    job = json.dumps({"contender": contender, "case": case, "device": device})
+    command = [sys.executable, str(HERE / "_peak.py"), job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
     except subprocess.TimeoutExpired:

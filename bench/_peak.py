@@ -17,10 +17,13 @@ WARM_UP_LENGTH = 256
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    case = _contenders.Case(**job["case"])
-    _contenders.build(job["contender"], case._replace(n=WARM_UP_LENGTH))()
-    call = _contenders.build(job["contender"], case)
-    print(json.dumps({"peak_bytes": _measure.peak_of(call)}))
+    case, device = _contenders.Case(**job["case"]), job["device"]
+
+    def build(case):
+        return _contenders.build(job["contender"], case, _contenders.make_inputs(case, device))
+
+    build(case._replace(n=WARM_UP_LENGTH))()
+    print(json.dumps({"peak_bytes": _measure.peak_of(build(case), device)}))
 
 
 if __name__ == "__main__":

@@ -114,17 +114,6 @@ def interleave(calls: dict[str, Callable], seconds: float, rounds: tuple[int, in
     return times
 
 
-def peak_of(call: Callable[[], object]) -> int:
-    """Bytes that one call allocates at most beyond what is there before it, results included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = call()
-    torch.cuda.synchronize()
-    del kept
-    return torch.cuda.max_memory_allocated() - before
-
-
 def probe() -> dict:
     """Copy bandwidth (read plus write) and matmul rates of this GPU."""
     source, target = torch.empty(2, 1 << 29, device="cuda").unbind()
@@ -209,7 +198,7 @@ class Measurement:
     def own(self, case: Case) -> None:
         inputs, function = make_inputs(case, "cuda"), linear(case)
         times = interleave({"longattn": directed(case, function, *inputs)}, 1.0, (5, 30))["longattn"]
-        self.record("longattn", case, times, peak_of(directed(whole(case), function, *inputs)))
+        self.record("longattn", case, times, _measure.peak_of(directed(whole(case), function, *inputs), "cuda"))
 
     def opponent(self, name: str, case: Case) -> None:
         predicted = self.predicted(name, case)
@@ -221,7 +210,8 @@ class Measurement:
         except RuntimeError as error:
             # a backend that this GPU, torch or shape lacks says so in an exception
             return self.skip(name, case, f"not run: {str(error).splitlines()[0]}")
-        self.record(name, case, times, None if slow else peak_of(directed(whole(case), function, *inputs)))
+        peak = None if slow else _measure.peak_of(directed(whole(case), function, *inputs), "cuda")
+        self.record(name, case, times, peak)
         return None
 
 
