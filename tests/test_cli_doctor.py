@@ -3,15 +3,20 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import longattn
+from longattn.cli.doctor import SWITCHES
 from longattn.cli.main import COMMANDS, main
 from longattn.ops import _dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def doctor_json(capsys):
@@ -107,6 +112,15 @@ def test_unusable_instruction_set_is_reported_and_other_commands_are_not_loaded(
     assert facts["environment"]["LONGATTN_CPU_ISA"] == "abacus"
     assert "longattn.cli.doctor" in done.stderr.split()
     assert not {"longattn.cli.demo", "rich", "matplotlib"} & set(done.stderr.split())
+
+
+def test_every_switch_that_is_read_is_reported_and_documented():
+    read = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\(|switch\()\s*["'](LONGATTN_[A-Z_]+)["']""")
+    sources = [ROOT / "setup.py", *(ROOT / "longattn").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
+    found = {name for source in sources for name in read.findall(source.read_text())}
+    assert found == {name for name in SWITCHES if name.startswith("LONGATTN_")}
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    assert not [name for name in found if f"| `{name}` |" not in guide]
 
 
 def test_ctrl_c_is_exit_code_130(capsys, monkeypatch):
