@@ -6,6 +6,8 @@
 // The states of the last two are each other's transpose, so only one is accumulated.
 #include "linear.h"
 
+#include <limits>
+
 #include "kernels.h"
 #include "parallel.h"
 #include "prefix.h"
@@ -261,13 +263,18 @@ class Linear {
   // ---- rows of the inputs; in a reverse sweep row r is token first + rows - 1 - r
 
   void load_rows(const View& from, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t n, Matrix<T> to,
-                 bool reverse) const {
+                 bool reverse, Feature map = Feature::identity) const {
     with_type(from.dtype, [&](auto tag) {
       using From = decltype(tag);
       if constexpr (std::is_same_v<From, double> == std::is_same_v<T, double>) {
         const From* p = from.as<From>() + b * from.stride[0] + h * from.stride[1];
-        for (int64_t r = 0; r < rows; ++r)
-          load_row<T>(p + (first + (reverse ? rows - 1 - r : r)) * from.stride[2], from.stride[3], n, to.row(r));
+        // the next chunk of the sweep travels while this one is computed
+        int64_t next = (reverse ? -chunk : chunk) * from.stride[2];
+        for (int64_t r = 0; r < rows; ++r) {
+          const From* row = p + (first + (reverse ? rows - 1 - r : r)) * from.stride[2];
+          for (int64_t i = 0; i < n; i += 64 / sizeof(From)) __builtin_prefetch(row + next + i, 0, 2);
+          load_row<T>(row, from.stride[3], n, to.row(r), map);
+        }
       }
     });
     // whole squares are transposed: what lies past the rows must be finite
@@ -295,13 +302,11 @@ class Linear {
       if (s.masked[r]) std::fill_n(m.row(r), padded<T>(n), T(0));
   }
   void load_queries(int64_t b, int64_t h, int64_t first, int64_t rows, Matrix<T> to, bool reverse) const {
-    load_rows(x.q, b, h, first, rows, D, to, reverse);
-    for (int64_t r = 0; r < rows; ++r) map_row(to.row(r), D, feature);
+    load_rows(x.q, b, h, first, rows, D, to, reverse, feature);
   }
   void load_keys(Scratch<T>& s, int64_t b, int64_t h, int64_t first, int64_t rows, bool reverse) const {
     load_mask(s, b, first, rows, reverse);
-    load_rows(x.k, b, h, first, rows, D, s.k, reverse);
-    for (int64_t r = 0; r < rows; ++r) map_row(s.k.row(r), D, feature);
+    load_rows(x.k, b, h, first, rows, D, s.k, reverse, feature);
     clear_masked(s, rows, s.k, D);
   }
   // v, and [v, 1] with `ones`
@@ -312,6 +317,17 @@ class Linear {
         for (int64_t e = E; e < padded<T>(E + 1); ++e) s.v.row(r)[e] = e == E && r < rows ? T(1) : T(0);
     clear_masked(s, rows, s.v, ones ? E + 1 : E);
   }
+  static void multiply(T* row, int64_t n, T factor) {
+    for (int64_t i = 0; i < n; i += width<T>) store(row + i, load(row + i) * factor);
+  }
+  // row / z, and 0 where z is 0: a query that sees no key, whatever its numerator holds
+  static void divide(T* row, int64_t n, T z) {
+    if (z == T(0)) return void(std::fill_n(row, padded<T>(n), T(0)));
+    T factor = T(1) / z;
+    if (std::abs(factor) <= std::numeric_limits<T>::max() || z != z) return multiply(row, n, factor);
+    // the reciprocal of a subnormal overflows where the quotient need not
+    for (int64_t i = 0; i < n; i += width<T>) store(row + i, load(row + i) / z);
+  }
   // [g, h]: what reaches the numerator and the normaliser
   void load_gradients(Scratch<T>& s, const LinearBackward& y, int64_t b, int64_t h, int64_t first, int64_t rows,
                       bool reverse) const {
@@ -320,15 +336,16 @@ class Linear {
     const T* z = x.normalize ? y.normalizer.as<T>() + (b * Hq + h) * L : nullptr;
     for (int64_t r = 0; r < padded<T>(rows); ++r) {
       T* g = s.g.row(r);
-      T factor = static_cast<T>(x.scale), down = 0;
+      T down = 0;
       if (x.normalize && r < rows) {
         T zr = z[first + (reverse ? rows - 1 - r : r)];
-        factor = zr == T(0) ? T(0) : T(1) / zr;
+        divide(g, E, zr);
         V<T> dot{};
         for (int64_t e = 0; e < E; e += width<T>) dot = fma(load(g + e), load(s.out.row(r) + e), dot);
-        down = zr == T(0) ? T(0) : -sum<T>(dot) * factor;
+        down = -sum<T>(dot);
+      } else {
+        multiply(g, E, static_cast<T>(x.scale));
       }
-      for (int64_t e = 0; e < E; e += width<T>) store(g + e, factor == T(0) ? V<T>{} : load(g + e) * factor);
       for (int64_t e = E; e < padded<T>(E + 1); ++e) g[e] = e == E ? down : T(0);
     }
   }
@@ -364,14 +381,8 @@ class Linear {
       if (x.normalize) normalizers(rows, p, D, s.q, s.current_sum, s.z);
       T* z = x.normalize ? y.normalizer.as<T>() + (b * Hq + head) * L + first : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
-        T factor = static_cast<T>(x.scale);
-        if (z) {
-          z[r] = s.z[r];
-          factor = z[r] == T(0) ? T(0) : T(1) / z[r];
-        }
-        T* out = s.out.row(r);
-        // 0 and not 0 times the sum, which may not be finite
-        for (int64_t e = 0; e < E; e += width<T>) store(out + e, factor == T(0) ? V<T>{} : load(out + e) * factor);
+        if (z) divide(s.out.row(r), E, z[r] = s.z[r]);
+        else multiply(s.out.row(r), E, static_cast<T>(x.scale));
       }
       store_rows(s.out, rows, E, y.out, b, head, first, false);
     }
@@ -489,8 +500,8 @@ class Linear {
           z += q[m] * to.sum[m];
         }
         if (x.normalize) y.normalizer.as<T>()[n * Hq + head] = z;
-        T factor = !x.normalize ? static_cast<T>(x.scale) : z == T(0) ? T(0) : T(1) / z;
-        for (int64_t e = 0; e < E; ++e) out[e] = factor == T(0) ? T(0) : out[e] * factor;
+        if (x.normalize) divide(out, E, z);
+        else multiply(out, E, static_cast<T>(x.scale));
         store_rows(s.out, 1, E, y.out, n, head, 0, false);
       }
     });

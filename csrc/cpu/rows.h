@@ -1,5 +1,7 @@
 // Rows of a tensor to and from the working type: any dtype, any strides, feature maps on the way in.
 #pragma once
+#include <algorithm>
+
 #include "common/view.h"
 #include "simd.h"
 
@@ -109,27 +111,7 @@ template <>
 inline void store_as<float>(float* p, V<float> x) { store(p, x); }
 inline void store_as(double* p, V<double> x) { store(p, x); }
 
-// one row, [n] with a stride, to `to`, zero up to the next whole vector
-template <class T, class From>
-inline void load_row(const From* p, int64_t stride, int64_t n, T* to) {
-  constexpr int W = width<T>;
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + W <= n; i += W) store(to + i, load_as(p + i));
-  if (i == n) return;
-  int64_t end = padded<T>(n);
-  for (int64_t j = i; j < end; ++j) to[j] = j < n ? convert(p[j * stride]) : T(0);
-}
-
-template <class T, class To>
-inline void store_row(const T* from, To* p, int64_t n) {
-  constexpr int W = width<T>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store_as(p + i, load(from + i));
-  for (; i < n; ++i) convert_to(from[i], p[i]);
-}
-
-// feature maps and their derivatives, on a row already loaded
+// feature maps and their derivatives
 
 enum class Feature : int { identity = 0, elu = 1, relu = 2 };
 constexpr double relu_epsilon = 1e-3;
@@ -153,12 +135,33 @@ inline V<T> pull_back(V<T> x, V<T> g, Feature feature) {
   }
 }
 
-template <class T>
-inline void map_row(T* x, int64_t n, Feature feature) {
-  if (feature == Feature::identity) return;
-  for (int64_t i = 0; i < n; i += width<T>) store(x + i, map<T>(load(x + i), feature));
-  // the padding must stay 0: elu(0) + 1 is not
-  for (int64_t i = n; i < padded<T>(n); ++i) x[i] = T(0);
+// one row, [n] with a stride, through a feature map to `to`, zero up to the next whole vector (a map of 0 is not 0)
+template <class T, class From>
+inline void load_row(const From* p, int64_t stride, int64_t n, T* to, Feature feature = Feature::identity) {
+  constexpr int W = width<T>;
+  int64_t i = 0;
+  if (stride == 1) {
+    if (feature == Feature::elu)
+      for (; i + W <= n; i += W) store(to + i, map<T>(load_as(p + i), Feature::elu));
+    else
+      for (; i + W <= n; i += W) store(to + i, map<T>(load_as(p + i), feature));
+  }
+  for (; i < n; i += W) {
+    V<T> x{};
+    int64_t count = std::min<int64_t>(W, n - i);
+    for (int64_t j = 0; j < count; ++j) x[j] = convert(p[(i + j) * stride]);
+    x = map<T>(x, feature);
+    for (int64_t j = count; j < W; ++j) x[j] = T(0);
+    store(to + i, x);
+  }
+}
+
+template <class T, class To>
+inline void store_row(const T* from, To* p, int64_t n) {
+  constexpr int W = width<T>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_as(p + i, load(from + i));
+  for (; i < n; ++i) convert_to(from[i], p[i]);
 }
 
 // runs f with the C++ type of a dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -67,3 +68,15 @@ def missing_cuda() -> str | None:
 def view(x: Tensor | None):
     """A tensor as the extension takes it: (pointer, dtype, sizes, strides)."""
     return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.shape, x.stride())
+
+
+# below this the allocator keeps freed memory, whose pages are there already
+HUGE_PAGE_BYTES = 8 << 20
+
+
+def empty(shape, dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor for a kernel to write; large ones ask for huge pages (LONGATTN_HUGE_PAGES=0: not)."""
+    x = torch.empty(shape, dtype=dtype)
+    if x.nbytes >= HUGE_PAGE_BYTES and os.environ.get("LONGATTN_HUGE_PAGES", "1") != "0":
+        extension().advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import extension, view
+from . import empty, extension, view
 
 FEATURES = {"identity": 0, "elu": 1, "relu": 2}
 
@@ -65,11 +65,11 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 def forward(q, k, v, mask, cu_seqlens, kv, k_sum, *, save_segments: bool, **options):
     """-> out, normalizer, segment_kv, segment_k_sum, kv, k_sum"""
     problem = _Problem(q, k, v, mask, cu_seqlens, kv, k_sum, **options)
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    out = empty((*q.shape[:3], v.shape[3]), q.dtype)
     normalizer = torch.empty(q.shape[:3] if options["normalize"] else 0, dtype=problem.acc)
-    is_causal, empty = options["is_causal"], (None, None)
-    segments = problem.state(problem.slots) if save_segments or (problem.split and is_causal) else empty
-    partial = empty
+    is_causal, nothing = options["is_causal"], (None, None)
+    segments = problem.state(problem.slots) if save_segments or (problem.split and is_causal) else nothing
+    partial = nothing
     if problem.split and not is_causal:
         partial = problem.state(_slots(problem.keys, problem.packed, problem.segment))
     final = problem.state()
@@ -86,7 +86,7 @@ def backward(
 ):  # fmt: skip
     """-> dq, dk, dv, dkv, dk_sum (the last two empty where no state came in)"""
     problem = _Problem(q, k, v, mask, cu_seqlens, kv, k_sum, **options)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     partial = (None, None)
     if problem.split:
         partial = problem.state(_slots(problem.length, problem.packed, problem.segment))
