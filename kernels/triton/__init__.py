@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, importable as `longattn.kernels`: one file per stem, nothing imported here."""
