@@ -1,14 +1,14 @@
 """Error budgets: a kernel against the float64 reference, with the eager formula in the kernel's dtype as the yardstick.
 
-An error is the largest in a block of 64 rows of one head. It may be FACTOR times that of the yardstick in the same block,
-plus two roundings of the block's largest result. Nothing is averaged over the tensor; the limits are the same everywhere.
+An error is the largest in a block of 64 rows of one head. It may be 1.5 times (gradients: twice) the yardstick's in the
+same block, plus two roundings of the block's largest result. Nothing is averaged; the limits are the same everywhere.
+One largest error is a matter of luck, so the yardstick's is that of a dozen heads and draws of the inputs.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..ops.linear import linear_attention_with_state
 from ..reference import linear as reference
@@ -22,31 +22,35 @@ ROWS = 64
 # float32, one row, where the terms do not cancel
 ROW_LIMIT = 5e-6
 CANCELLATION = 64
+# heads that make the yardstick, from as many draws of the inputs as it takes; long cases have many blocks and two draws
+HEADS = 12
+LONG = 200_000
 
 
-def _blocks(x: Tensor) -> Tensor:
-    """[..., rows, dim] -> [..., n_blocks]: the largest magnitude in each block of rows."""
-    rows = x.shape[-2]
-    x = F.pad(x.abs(), (0, 0, 0, -rows % ROWS))
-    return x.unflatten(-2, (-1, ROWS)).amax((-2, -1))
+def blocks(x: Tensor) -> Tensor:
+    """`[..., rows, dim] -> [..., n_blocks]`: the largest magnitude in each 64 rows; the last block is the last 64."""
+    x, rows = x.abs().amax(-1), x.shape[-2]
+    starts = [*range(0, rows - ROWS, ROWS), max(rows - ROWS, 0)]
+    return torch.stack([x[..., start : start + ROWS].amax(-1) for start in starts], -1)
 
 
-def assert_within_budget(what: str, actual: Tensor, oracle: Tensor, yardstick: Tensor, *, factor: float) -> float:
-    """Holds `actual` to the budget; `[..., rows, dim]` each. Returns the worst share of the budget that was used."""
-    assert actual.shape == oracle.shape == yardstick.shape, (
-        f"{what}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
-    )
+def assert_within_budget(what: str, actual: Tensor, oracle: Tensor, eager: Tensor, *, factor: float) -> float:
+    """Holds `actual` to the budget and returns the worst share of it in use.
+
+    actual, oracle: `[..., rows, dim]`; eager: `[n_blocks]`, the error of eager PyTorch in a block of any head.
+    """
+    assert actual.shape == oracle.shape, f"{what}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
     if oracle.numel() == 0:
         return 0.0
     assert oracle.isfinite().all(), f"{what}: the oracle is not finite, so it judges nothing"
-    assert yardstick.isfinite().all(), f"{what}: the yardstick is not finite, so it measures nothing"
+    assert eager.isfinite().all(), f"{what}: the yardstick is not finite, so it measures nothing"
     assert oracle.count_nonzero() > 0, f"{what}: the oracle is 0 everywhere, so it judges nothing"
-    actual_dtype, (actual, yardstick) = actual.dtype, (x.detach().cpu().double() for x in (actual, yardstick))
+    epsilon, actual = torch.finfo(actual.dtype).eps, actual.detach().cpu().double()
     strange = (~actual.isfinite()).nonzero()
     assert len(strange) == 0, f"{what}: {len(strange)} values are not finite, the first at {strange[0].tolist()}"
 
-    error, eager = _blocks(actual - oracle), _blocks(yardstick - oracle)                       # [..., n_blocks]
-    budget = factor * eager + FLOOR * torch.finfo(actual_dtype).eps * _blocks(oracle)
+    error = blocks(actual - oracle)                                                            # [..., n_blocks]
+    budget = factor * eager + FLOOR * epsilon * blocks(oracle)
     # a block whose every result is exactly 0 has no budget: the kernel owes exact zeros there
     used = torch.where(error > 0, error / budget, 0)
     worst = used.max().item()
@@ -54,25 +58,35 @@ def assert_within_budget(what: str, actual: Tensor, oracle: Tensor, yardstick: T
         at = (used == used.max()).nonzero()[0].tolist()
         sentence = (
             f"{what}: error {error[tuple(at)]:.3g} in block {at} ([..., block of {ROWS} rows]) is {worst:.2f} of its "
-            f"budget {budget[tuple(at)]:.3g}; {error[tuple(at)] / eager[tuple(at)]:.2f} times the error of eager "
+            f"budget {budget[tuple(at)]:.3g}; {error[tuple(at)] / eager[at[-1]]:.2f} times the error of eager "
             f"PyTorch, {factor} allowed; {(used > 1).sum()} of {used.numel()} blocks are over"
         )
         raise AssertionError(sentence)
     return worst
 
 
-def assert_rows_close(what: str, actual: Tensor, oracle: Tensor, magnitude: Tensor, *, limit: float = ROW_LIMIT) -> float:
+def assert_rows_close(what: str, actual: Tensor, oracle: Tensor, magnitude: Tensor) -> None:
     """||error|| / ||oracle|| of every row whose terms do not cancel. magnitude: the same sum over absolute values."""
     error = (actual.detach().cpu().double() - oracle).norm(dim=-1)
     size = oracle.norm(dim=-1)
     judged = (size > 0) & (magnitude.norm(dim=-1) <= CANCELLATION * size)
     assert judged.any(), f"{what}: every row cancels, so none is judged"
     relative = torch.where(judged, error / size, 0)
-    assert relative.max() <= limit, (
+    assert relative.max() <= ROW_LIMIT, (
         f"{what}: row {(relative == relative.max()).nonzero()[0].tolist()} has a relative error of "
-        f"{relative.max():.3g}, {limit:.3g} allowed"
+        f"{relative.max():.3g}, {ROW_LIMIT:.3g} allowed"
     )
-    return relative.max().item()
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    """Equal but for rounding: largest error against largest value."""
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert expected.count_nonzero() > 0, "all that is expected is 0, so it judges nothing"
+    error, limit = (actual - expected).abs().max(), tolerance * (1 + expected.abs().max())
+    assert error <= limit, f"error {error:.3g}, {limit:.3g} allowed"
 
 
 def assert_same_bits(what: str, actual: Tensor, expected: Tensor) -> None:
@@ -127,18 +141,32 @@ def run_eager(inputs: LinearInputs, dtype: torch.dtype) -> dict[str, Tensor]:
     return evaluate(inputs, call)
 
 
-def run_yardstick(case: LinearCase, inputs: LinearInputs, dtype: torch.dtype, oracle: dict[str, Tensor]):
-    """`run_eager`; in float64, where the oracle rounds no less, twice the float32 error brought to float64's rounding."""
-    if dtype != torch.float64:
-        return run_eager(inputs.clean(), dtype)
-    single = build(case, torch.float32)
-    eager, exact = run_eager(single.clean(), torch.float32), run_linear(single.double(), "reference")
-    shrink = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return {name: oracle[name] + shrink * (eager[name] - exact[name]) for name in oracle}
+def _matrix(x: Tensor) -> Tensor:
+    """The sums of features `[B, H, D]` are one row."""
+    return x.unsqueeze(-2) if x.dim() == 3 else x
+
+
+def eager_errors(case: LinearCase, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of each result, the error of eager PyTorch in each block, `[n_blocks]`, the worst of many heads.
+
+    In float64, where the oracle rounds no less, it is twice float32's in float64's units.
+    """
+    eager_dtype = torch.float32 if dtype == torch.float64 else dtype
+    shrink = 1 if eager_dtype == dtype else 2 * torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
+    errors = {}
+    keys = case.L if case.S is None else case.S
+    draws = 2 if case.L * keys >= LONG else -(-HEADS // max(case.B * case.H, 1))
+    for seed in range(draws):
+        inputs = build(case, eager_dtype, seed=seed)
+        eager, exact = run_eager(inputs.clean(), eager_dtype), run_linear(inputs.double(), "reference")
+        for name, x in exact.items():
+            error = shrink * blocks(_matrix(eager[name].double() - x)).amax((0, 1)) if x.numel() else x
+            errors[name] = torch.maximum(errors.get(name, error), error)
+    return errors
 
 
 def check_linear(case: LinearCase, dtype: torch.dtype, impl: str, device: str = "cpu") -> dict[str, float]:
-    """One case of the table on one engine, every result and gradient; returns the share of each budget that was used."""
+    """One case of the table on one engine, every result and gradient; returns the share of each budget in use."""
     inputs = build(case, dtype)
     with segments_of(case.segment):
         actual = run_linear(build(case, dtype, device), impl)
@@ -146,17 +174,13 @@ def check_linear(case: LinearCase, dtype: torch.dtype, impl: str, device: str = 
         for name, x in actual.items():
             assert (x == 0).all(), f"{name} of {case.name!r} ({dtype}, {impl}) must be 0: its queries see no key"
         return {}
-    oracle = run_linear(inputs.double(), "reference")
-    yardstick = run_yardstick(case, inputs, dtype, oracle)
-    used = {}
+    oracle, eager, used = run_linear(inputs.double(), "reference"), eager_errors(case, dtype), {}
     for name, x in actual.items():
         what = f"{name} of {case.name!r} ({dtype}, {impl})"
         expected = inputs.q.dtype if name in ("output", "dq", "dk", "dv") else torch.promote_types(dtype, torch.float32)
         assert x.dtype == expected, f"{what}: dtype {x.dtype}, expected {expected}"
-        # the sums of features are one row
-        matrices = (t.unsqueeze(-2) if t.dim() == 3 else t for t in (x, oracle[name], yardstick[name]))
         factor = GRADIENT_FACTOR if name.startswith("d") else FORWARD_FACTOR
-        used[name] = assert_within_budget(what, *matrices, factor=factor)
+        used[name] = assert_within_budget(what, _matrix(x), _matrix(oracle[name]), eager[name], factor=factor)
     if dtype == torch.float32 and case.feature != "identity" and actual["output"].numel():
         magnitudes = inputs.double()
         magnitudes = magnitudes._replace(v=magnitudes.v.abs())

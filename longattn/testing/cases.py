@@ -167,10 +167,8 @@ def _draw_mask(kind: str, B: int, S: int, generator: torch.Generator) -> Tensor:
     return mask
 
 
-def build(
-    case: LinearCase, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
-) -> LinearInputs:
-    """Inputs of `case`. Padded keys and values hold NaN and infinities; an incoming state is that of seven earlier tokens."""
+def build(case: LinearCase, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> LinearInputs:
+    """Inputs of `case`. Padded keys and values hold NaN and infinities; an incoming state is that of seven tokens."""
     g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
     acc = linear.accumulator(dtype)
     S = case.L if case.S is None else case.S
@@ -219,7 +217,7 @@ def build(
 
 @contextmanager
 def segments_of(tokens: int | None):
-    """Saves a state every `tokens` tokens (a multiple of 64) inside the block, so that short inputs have many segments."""
+    """Inside the block a state is saved every `tokens` tokens (a multiple of 64): many segments in short inputs."""
     before = dict(linear.SEGMENT)
     if tokens is not None:
         linear.SEGMENT.update(dict.fromkeys(before, tokens))
@@ -229,11 +227,23 @@ def segments_of(tokens: int | None):
         linear.SEGMENT.update(before)
 
 
+def draw(*shapes, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    """Normal tensors of these shapes."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype) for shape in shapes]
+
+
+def qkv(B=2, H=2, L=100, D=8, E=12, S=None, **options) -> list[Tensor]:
+    """Normal q, k, v where a test cares for their values only; options of `draw`."""
+    S = L if S is None else S
+    return draw((B, H, L, D), (B, H, S, D), (B, H, S, E), **options)
+
+
 LAYOUTS = ("transposed", "sliced", "expanded", "strided", "offset")
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The values of x `[B, H, L, D]` in other memory; what lies between them is NaN. "expanded" repeats its first head."""
+    """The values of x `[B, H, L, D]` in other memory, NaN between them. "expanded" repeats its first head."""
     if layout == "transposed":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "expanded":

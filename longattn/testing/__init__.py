@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: one table of inputs (cases) and the error budgets (assertions)."""
