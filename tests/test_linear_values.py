@@ -254,6 +254,33 @@ def test_elu_of_extreme_values(impl, device):
     assert (dk[0, 0].double() - slope).abs().le(slope * 3e-7 + 1e-44).all()
 
 
+def test_every_exponential_is_within_two_ulps(impl, device):
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (1 << 18,), generator=g).to(torch.int32).view(torch.float32)
+    # all magnitudes, and those where exp is neither 0 nor 1
+    x = torch.cat([bits, torch.rand(1 << 18, generator=g) * -110]).nan_to_num(0.0, 0.0, 0.0).to(device)
+    ones = torch.ones(64, 32, 1, 1, device=device)
+    q = torch.ones(64, 32, 0, 256, device=device)
+    state = linear_attention_with_state(q, x.view(64, 32, 1, 256), ones, impl=impl).state
+    phi = torch.where(x > 0, x.double() + 1, x.double().exp())
+    error = (state.k_sum.flatten().double() - phi).abs()
+    assert (error <= phi * 2 * torch.finfo(torch.float32).eps + 2.0**-149).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_value_is_read_and_rounded_as_torch_does(dtype, impl, device):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device)
+    values = bits.view(dtype).view(64, 4, 1, 256)
+    one = torch.ones(64, 4, 1, 1, dtype=dtype, device=device)
+    options = {"feature_map": "identity", "normalize": False, "is_causal": True, "impl": impl}
+    assert_same_bits("a value", linear_attention(one, one, values, **options), values)
+    # keys of all magnitudes: products that over- and underflow the dtype, and every kind of tie
+    keys = bits.view(dtype)[torch.randperm(2**16, generator=torch.Generator().manual_seed(0)).to(device)[:256]]
+    keys = keys.nan_to_num(1.0, 1.0, 1.0).view(64, 4, 1, 1)
+    expected = (values.float() * keys.float()).to(dtype)
+    assert_same_bits("a product", linear_attention(one, keys, values, **options), expected)
+
+
 def test_relu_keeps_nan(impl, device):
     q, k, v = qkv(B=1, H=1, L=70, device=device)
     k[:, :, 66] = NAN
