@@ -24,6 +24,8 @@ import psutil
 import torch
 from _floors import Rates
 
+from longattn import native
+
 HERE = Path(__file__).resolve().parent
 PEERS = ("pytorch-fast-transformers", "performer-pytorch", "linear-attention-transformer")
 PACKAGES = ("longattn", "torch", "triton", *PEERS)
@@ -157,6 +159,7 @@ def machine() -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
+        "longattn_isa": native.extension().isa() if native.missing() is None else None,
         "transparent_hugepages": thp.read_text().strip() if thp.exists() else "unknown",
     }
 
@@ -199,6 +202,7 @@ def probe(threads: int) -> dict:
     return {
         "tile_gflops": tiles[0],
         "tile_source": tiles[1],
+        "own_tile_gflops_one_thread": native.extension().peak_gflops() if native.missing() is None else None,
         "mm_gflops": 2 * 2048**3 / best["mm"] / 1e9,
         "copy_gb_s": 2 * 4 * (1 << 26) / best["copy"] / 1e9,
         "first_touch_gb_s": 4 * (1 << 26) / best["touch"] / 1e9,
