@@ -1,0 +1,235 @@
+"""Exact softmax attention: contract and engines. The mathematics is in reference/softmax.py."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..reference import softmax as reference
+from . import _check, _dispatch
+
+
+class SoftmaxAttentionOutput(NamedTuple):
+    """output `[B, Hq, L, E]`, and the weights `[B, Hq, L, S]` it was summed with (after dropout)."""
+
+    output: Tensor
+    weights: Tensor
+
+
+class _Call(NamedTuple):
+    """One validated call, and where it would run."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attn_mask: Tensor | None
+    padding: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float
+    explanation: _dispatch.Explanation
+
+
+def _check_mask(op: str, mask: Tensor | None, q: Tensor, k: Tensor, is_causal: bool) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: attn_mask must be a tensor, got {_check.describe(mask)}")
+    full = (*q.shape[:3], k.shape[2])
+    typed = mask.dtype == torch.bool or mask.is_floating_point()
+    fits = mask.dim() <= 4 and all(
+        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
+    )
+    if not typed or not fits or mask.device != q.device:
+        raise (ValueError if typed else TypeError)(
+            f"{op}: attn_mask must be bool (True = may attend) or float (added to the scores), broadcast to "
+            f"[B, Hq, L, S] = {list(full)} and be on {q.device}, got {_check.describe(mask)}"
+        )
+    if is_causal:
+        raise ValueError(f"{op}: attn_mask and is_causal exclude each other; put the causal part into attn_mask")
+
+
+def _prepare(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> _Call:
+    q, k, v = query, key, value
+    _check.attention_inputs(op, q, k, v, enable_gqa)
+    _check.padding_mask(op, key_padding_mask, k)
+    _check_mask(op, attn_mask, q, k, is_causal)
+    # torch.compile may know these numbers as symbols only, which cannot be put into a sentence
+    if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1):
+        raise ValueError(f"{op}: dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")
+    if not (scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))):
+        raise ValueError(f"{op}: scale must be a finite number or None, got {_check.describe(scale)}")
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
+    reasons = {"torch": None, "reference": None}
+    chosen = _dispatch.choose(op, impl, reasons)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    explanation = _dispatch.Explanation(op, chosen, reasons)
+    return _Call(q, k, v, attn_mask, key_padding_mask, dropout_p, bool(is_causal), scale, explanation)
+
+
+def _run(call: _Call) -> Tensor:
+    q, k, v, mask, padding, dropout_p, is_causal, scale, explanation = call
+    if explanation.chosen == "reference":
+        return _run_reference(call).output
+    groups = q.shape[1] != k.shape[1]
+    if padding is not None:
+        # a score of NaN stays NaN when -inf is added, so what padded keys hold must go first
+        k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (k, v))
+        if mask is None and not is_causal:
+            mask, padding = ~padding[:, None, None, :], None  # [B, 1, 1, S]
+        elif q.device.type != "cpu":
+            mask, padding, is_causal = _merge(mask, padding, q.shape[2], is_causal), None, False
+    if scale <= 0:
+        # masked scores are -inf before torch's kernels scale them
+        q, scale = q * scale, 1.0
+    D, E = q.shape[3], v.shape[3]
+    if padding is not None or (E != D and q.device.type == "cpu"):
+        # torch's fused CPU kernel wants one head dim for all, else it forms the L x S scores; and the padding rides in
+        # a feature of its own, 1 . -inf, where torch would need it merged with the other mask
+        width = max(D + (padding is not None), E)
+        width += -width % 8
+        q, k, v = (F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
+        if padding is not None:
+            q[..., D] = 1
+            k[..., D].masked_fill_(padding[:, None], -torch.inf)
+    # torch's fused kernels want unit stride in the last dim, else they form the L x S scores
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=groups)
+    return output[..., :E]
+
+
+def _merge(mask: Tensor | None, padding: Tensor, L: int, is_causal: bool) -> Tensor:
+    """One mask of `[B, 1 or Hq, 1 or L, S]` for kernels that take no more than one."""
+    blocked = padding[:, None, None, :]
+    if is_causal:
+        S = padding.shape[1]
+        return torch.ones(L, S, dtype=torch.bool, device=padding.device).tril() & ~blocked
+    return mask & ~blocked if mask.dtype == torch.bool else torch.where(blocked, -torch.inf, mask)
+
+
+def _run_reference(call: _Call) -> SoftmaxAttentionOutput:
+    q, k, v, mask, padding, dropout_p, is_causal, scale, _ = call
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    output, weights = reference.softmax_attention(
+        q.to(acc), k.to(acc), v.to(acc), mask, padding, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+    )
+    return SoftmaxAttentionOutput(output.to(q.dtype), weights.to(q.dtype))
+
+
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` with a key padding mask and a promise about masked rows.
+
+        o_i = sum_j softmax_j(scale q_i.k_j + bias_ij) v_j
+
+    over the keys j that are allowed, not padded and, if causal, j <= i. Vaswani et al. 2017 (arXiv 1706.03762), eq. 1.
+
+    query: `[B, Hq, L, D]`, key: `[B, H, S, D]`, value: `[B, H, S, E]`; float32, bfloat16, float16 or float64, one dtype
+        for all, any strides.
+    attn_mask: broadcasts to `[B, Hq, L, S]`; bool, True = may attend (as in torch's function, the opposite of
+        nn.MultiheadAttention), or float, added to the scores. Excludes is_causal.
+    dropout_p: applied to the weights whenever it is positive, with torch's generator; pass 0 in evaluation.
+    is_causal: query i sees keys 0..i, also when L != S.
+    scale: default 1/sqrt(D).
+    enable_gqa: Hq may be a multiple of H; query head h then reads key head h // (Hq / H). Keys are not repeated where
+        torch's kernel shares them.
+    key_padding_mask: bool `[B, S]`, True for a padded key: ignored whatever it holds (NaN too), with gradient 0.
+    impl: "auto", "torch" (torch's SDPA) or "reference" (dense); see `longattn.explain`.
+
+    Returns `[B, Hq, L, E]` in the inputs' dtype (autocast's under autocast). A query that sees no key gets 0, and
+    gradient 0.
+    Memory: torch's fused kernels need O(L + S). For key_padding_mask this function copies key and value and builds a
+    mask of `[B, 1, 1, S]`. Together with is_causal or attn_mask it copies query, key and value (with up to 8 more
+    features) on the CPU; elsewhere it builds a mask of `[B, 1, L, S]`, or of attn_mask's shape with B. On the CPU,
+    E != D copies the inputs to a common width. torch itself forms `[B, Hq, L, S]` for dropout on the CPU, for an
+    attn_mask that requires grad, and where none of its fused kernels takes the call.
+    NaN in a key that attn_mask or causality alone hides may reach every row, as it does in torch.
+    Raises ValueError or TypeError in a sentence.
+    """
+    return _run(
+        _prepare(
+            "softmax_attention",
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            key_padding_mask=key_padding_mask,
+            impl=impl,
+        )
+    )
+
+
+def softmax_attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+) -> SoftmaxAttentionOutput:
+    """`softmax_attention` that also returns its weights `[B, Hq, L, S]`, after dropout, so O(L S) time and memory.
+
+    Arguments, dtypes and errors as in `softmax_attention`. A query that sees no key has weights 0.
+    """
+    return _run_reference(
+        _prepare(
+            "softmax_attention_with_weights",
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            key_padding_mask=key_padding_mask,
+            impl="reference",
+        )
+    )
+
+
+_dispatch.plan(
+    softmax_attention,
+    lambda *args, **kwargs: _prepare("softmax_attention", *args, **kwargs).explanation,
+)
