@@ -349,7 +349,7 @@ def test_interruption_keeps_what_was_measured_and_leaves_nothing_running(sample,
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     last = err.splitlines()[-1]
-    assert last.startswith("longattn demo: interrupted; kept 2 points and ")
+    assert last.startswith("longattn demo: interrupted; kept 2 of the points and ")
     assert "Traceback" not in err
     document = json.loads(out)
     assert document["ended"] == "interrupted"

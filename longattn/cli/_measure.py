@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -46,12 +48,12 @@ def _start(function: Callable, *args) -> tuple[multiprocessing.Process, object]:
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(sender, function, args), daemon=True)
-    # workers do not hear Ctrl-C: who started them stops them
-    with _changed(HUGE_PAGES, "1", signal.SIGINT):
-        if sys.platform == "linux":
-            context.set_forkserver_preload([__name__, "longattn"])
+    if sys.platform == "linux":
+        context.set_forkserver_preload([__name__, "longattn"])
+        # the server and its workers do not hear Ctrl-C: who started them stops them
+        with _changed(HUGE_PAGES, "1", signal.SIGINT):
             forkserver.ensure_running()
-        process.start()
+    process.start()
     sender.close()
     return process, receiver
 
@@ -59,6 +61,7 @@ def _start(function: Callable, *args) -> tuple[multiprocessing.Process, object]:
 def _serve(sender, function: Callable, args: tuple) -> None:
     """Runs in the worker: sends what the generator yields, then how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         for value in function(*args):
             sender.send(("value", value))
@@ -67,6 +70,12 @@ def _serve(sender, function: Callable, args: tuple) -> None:
         pass
     except Exception as error:
         sender.send(("error", f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+def _end_with_parent() -> None:
+    """However the parent ends, or forgets this process, a worker does not outlive it."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def stream(function: Callable[..., Iterator], *args) -> Iterator:

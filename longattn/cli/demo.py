@@ -282,7 +282,7 @@ def run(args) -> int:
         code, ended, last_words = 130, "interrupted", "interrupted"
     except WorkerError as error:
         code, ended, last_words = 1, "failed", str(error)
-    kept = f"{len(record.points)} points and {len(record.steps)} training steps"
+    kept = f"{len(record.points)} of the points and {len(record.steps)} training steps"
     try:
         if record.points:
             record.save_picture()

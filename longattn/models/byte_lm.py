@@ -38,9 +38,11 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, mechanism: str | Mechanism) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = MultiheadAttention(width, heads, batch_first=True, mechanism=mechanism, causal=True)
+        self.attention = MultiheadAttention(
+            width, heads, bias=False, batch_first=True, mechanism=mechanism, causal=True
+        )
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False))
         nn.init.zeros_(self.attention.out_proj.weight)
         nn.init.zeros_(self.mlp[2].weight)
 
