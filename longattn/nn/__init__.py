@@ -1,0 +1,6 @@
+"""Modules: the drop-in for torch.nn.MultiheadAttention and the descriptions of what runs inside it."""
+
+from .attention import MultiheadAttention
+from .mechanisms import Exact, Linear, Mechanism
+
+__all__ = ["Exact", "Linear", "Mechanism", "MultiheadAttention"]
