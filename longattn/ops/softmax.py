@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ class _Call(NamedTuple):
     dropout_p: float
     is_causal: bool
     scale: float
+    enable_gqa: bool
     explanation: _dispatch.Explanation
 
 
@@ -76,8 +78,9 @@ def _prepare(
         raise ValueError(f"{op}: dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")
     if not (scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))):
         raise ValueError(f"{op}: scale must be a finite number or None, got {_check.describe(scale)}")
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -86,14 +89,13 @@ def _prepare(
     chosen = _dispatch.choose(op, impl, reasons)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     explanation = _dispatch.Explanation(op, chosen, reasons)
-    return _Call(q, k, v, attn_mask, key_padding_mask, dropout_p, bool(is_causal), scale, explanation)
+    return _Call(q, k, v, attn_mask, key_padding_mask, dropout_p, bool(is_causal), scale, enable_gqa, explanation)
 
 
 def _run(call: _Call) -> Tensor:
-    q, k, v, mask, padding, dropout_p, is_causal, scale, explanation = call
+    q, k, v, mask, padding, dropout_p, is_causal, scale, enable_gqa, explanation = call
     if explanation.chosen == "reference":
         return _run_reference(call).output
-    groups = q.shape[1] != k.shape[1]
     if padding is not None:
         # a score of NaN stays NaN when -inf is added, so what padded keys hold must go first
         k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (k, v))
@@ -116,7 +118,8 @@ def _run(call: _Call) -> Tensor:
             k[..., D].masked_fill_(padding[:, None], -torch.inf)
     # torch's fused kernels want unit stride in the last dim, else they form the L x S scores
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=groups)
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **options)
     return output[..., :E]
 
 
@@ -130,11 +133,15 @@ def _merge(mask: Tensor | None, padding: Tensor, L: int, is_causal: bool) -> Ten
 
 
 def _run_reference(call: _Call) -> SoftmaxAttentionOutput:
-    q, k, v, mask, padding, dropout_p, is_causal, scale, _ = call
+    q, k, v, mask, padding, dropout_p, is_causal, scale, *_ = call
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    output, weights = reference.softmax_attention(
-        q.to(acc), k.to(acc), v.to(acc), mask, padding, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-    )
+    device = q.device.type
+    # within autocast the products of float32 tensors would be of its dtype
+    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with off:
+        output, weights = reference.softmax_attention(
+            q.to(acc), k.to(acc), v.to(acc), mask, padding, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+        )
     return SoftmaxAttentionOutput(output.to(q.dtype), weights.to(q.dtype))
 
 
