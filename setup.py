@@ -1,8 +1,9 @@
 """Builds longattn._C (C++ for every instruction set, CUDA when nvcc is there) with ninja and without torch.
 
 Switches, all environment variables: LONGATTN_NO_EXT=1 (pure Python), LONGATTN_CUDA=auto|0|1,
-LONGATTN_CUDA_ARCHS="80;90a;100", LONGATTN_WERROR=1 (warnings are errors), MAX_JOBS, CXX, CUDA_HOME. What was built,
-and why something was not, is printed in one line and kept in longattn/_build.json for `longattn doctor`.
+LONGATTN_CUDA_ARCHS="80;90a;100", LONGATTN_WERROR=1 (warnings are errors), LONGATTN_EMULATE=1 (wide kernels for narrow
+registers, for tests), MAX_JOBS, CXX, CUDA_HOME. What was built, and why something was not, is printed in one line and kept
+in longattn/_build.json for `longattn doctor`.
 """
 
 import functools
@@ -33,6 +34,8 @@ X86_ISAS = {
     "v4": "-march=x86-64-v4 -mprefer-vector-width=512",
     "v4bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
 }
+# the widest kernels on narrow registers: any machine can test their logic, none chooses them by itself
+EMULATED = {"emulated": "-march=x86-64-v3 -DLONGATTN_VECTOR_BYTES=64 -DLONGATTN_BF16_PAIRS"}
 ISAS = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"generic": ""}
 CUDA_ARCHS = "80;90a;100"
 # gcc 12 finds its own AVX-512 intrinsics uninitialised
@@ -53,6 +56,8 @@ def switch(name, default, allowed):
 NO_EXT = switch("LONGATTN_NO_EXT", "0", ("0", "1")) == "1"
 CUDA = switch("LONGATTN_CUDA", "auto", ("auto", "0", "1"))
 WERROR = switch("LONGATTN_WERROR", "0", ("0", "1")) == "1"
+if switch("LONGATTN_EMULATE", "0", ("0", "1")) == "1" and ISAS is X86_ISAS:
+    ISAS = ISAS | EMULATED
 ASKED_ARCHS = os.environ.get("LONGATTN_CUDA_ARCHS")
 ARCHS = re.split(r"[;,\s]+", (ASKED_ARCHS or CUDA_ARCHS).strip(" ;,"))
 if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in ARCHS):

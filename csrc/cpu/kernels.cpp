@@ -18,7 +18,7 @@ static double peak_gflops(int64_t repeats) {
   for (int64_t i = 0; i < n * ld; ++i) a[i] = 1e-3f * static_cast<float>(i % 7), b[i] = 1e-3f, c[i] = 0;
   auto start = std::chrono::steady_clock::now();
   for (int64_t i = 0; i < repeats; ++i)
-    outputs<float>(n, {}, {}, n, {a, ld}, {b, ld}, n, {c, ld}, true);
+    outputs<float, float>(n, {}, n, {a, ld}, {b, ld}, n, {c, ld}, true);
   std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   return 2e-9 * static_cast<double>(n * n * n * repeats) / seconds.count();
 }

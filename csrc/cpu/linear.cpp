@@ -24,6 +24,8 @@ struct Scratch {
   State<T> state, reverse;
   T *base_sum, *local_sum, *current_sum, *z;
   bool* masked;
+  // the forward's factors for bfloat16 inputs
+  Matrix<Pair> q_pairs, k_pairs, k_pairs_transposed, key_features, v_pairs, p_pairs, state_pairs;
 
   Scratch(char* memory, int64_t D, int64_t E) : arena(memory) {
     int64_t M = padded<T>(D), N = padded<T>(E + 1), wide = std::max(M, N);
@@ -38,14 +40,20 @@ struct Scratch {
     for (T** sum : {&base_sum, &local_sum, &current_sum}) *sum = take(1, M).p;
     z = take(1, chunk + width<T>).p;
     masked = reinterpret_cast<bool*>(take(1, chunk).p);
+    if (!has_pairs) return;
+    int64_t pairs = round_up(D, 2 * width<T>) / 2;
+    for (Matrix<Pair>* m : {&q_pairs, &k_pairs}) *m = take<Pair>(chunk, pairs);
+    k_pairs_transposed = take<Pair>(padded<T>(pairs), chunk), key_features = take<Pair>(M, chunk / 2);
+    v_pairs = take<Pair>(chunk / 2, N), p_pairs = take<Pair>(chunk, chunk / 2), state_pairs = take<Pair>(M, N);
   }
 
  private:
   char* arena;
-  Matrix<T> take(int64_t rows, int64_t columns) {
-    int64_t ld = leading<T>(columns);
-    Matrix<T> m{reinterpret_cast<T*>(arena + bytes), ld};
-    bytes += round_up(rows * ld * static_cast<int64_t>(sizeof(T)), 64);
+  template <class A = T>
+  Matrix<A> take(int64_t rows, int64_t columns) {
+    int64_t ld = leading<A>(columns);
+    Matrix<A> m{reinterpret_cast<A*>(arena + bytes), ld};
+    bytes += round_up(rows * ld * static_cast<int64_t>(sizeof(A)), 64);
     return m;
   }
 };
@@ -352,8 +360,41 @@ class Linear {
 
   // ---- forward
 
+  // bfloat16 inputs multiply as bfloat16 pairs where the instruction set has them; sums stay float32
+  bool in_pairs() const { return has_pairs && x.q.dtype == DType::bf16; }
+  static Within<T, T> within(Matrix<T> p, Matrix<T> c) { return {p, c, p, c}; }
+  void pair_across_state(Scratch<T>& s) const {
+    if constexpr (std::is_same_v<T, float>) pair_across(D, E, s.state.current, s.state_pairs);
+  }
+  void query_products_in_pairs(Scratch<T>& s, int64_t rows, Matrix<T> p) const {
+    if constexpr (std::is_same_v<T, float>) {
+      int64_t pairs = (D + 1) / 2;
+      pair_along(rows, D, s.q, s.q_pairs);
+      Within<T, Pair> own{};
+      if (p.p) {
+        scores(rows, pairs, s.q_pairs, s.k_pairs_transposed, p);
+        pair_along(rows, padded<T>(rows), p, s.p_pairs);
+        own = {p, s.v, s.p_pairs, s.v_pairs};
+      }
+      outputs(rows, own, pairs, s.q_pairs, s.state_pairs, E, s.out, false);
+    }
+  }
+  void pair_keys(Scratch<T>& s, int64_t rows) const {
+    if constexpr (std::is_same_v<T, float>) {
+      pair_along(padded<T>(rows), D, s.k, s.k_pairs);
+      // a transpose of 32-bit lanes keeps the pairs together
+      transpose(reinterpret_cast<float*>(s.k_pairs.p), s.k_pairs.ld, rows, (D + 1) / 2,
+                reinterpret_cast<float*>(s.k_pairs_transposed.p), s.k_pairs_transposed.ld);
+      pair_along(D, rows, s.k_transposed, s.key_features);
+      pair_across(rows, E, s.v, s.v_pairs);
+    }
+  }
+  void accumulate_pairs(Scratch<T>& s, int64_t rows) const {
+    if constexpr (std::is_same_v<T, float>) accumulate((rows + 1) / 2, D, s.key_features, s.v_pairs, E, s.state);
+  }
   void accumulate_keys(Scratch<T>& s, int64_t rows) const {
-    accumulate(rows, D, s.k_transposed, s.v, E, s.state);
+    if (in_pairs()) accumulate_pairs(s, rows);
+    else accumulate(rows, D, s.k_transposed, s.v, E, s.state);
     for (int64_t m = 0; m < D; m += width<T>) {
       V<T> local = load(s.local_sum + m);
       for (int64_t r = 0; r < rows; ++r) local += load(s.k.row(r) + m);
@@ -374,10 +415,15 @@ class Linear {
   // the rows of one chunk of queries against the state, and against the chunk's own keys where causal
   void forward_queries(Scratch<T>& s, const LinearForward& y, int64_t b, int64_t h, int64_t first, int64_t rows) const {
     Matrix<T> p = x.is_causal ? s.p : Matrix<T>{};
+    if (in_pairs()) pair_across_state(s);
     for (int64_t head = h * groups; head < (h + 1) * groups; ++head) {
       load_queries(b, head, first, rows, s.q, false);
-      if (p.p) scores(rows, D, s.q, s.k_transposed, p);
-      outputs(rows, p, s.v, D, s.q, s.state.current, E, s.out, false);
+      if (in_pairs()) {
+        query_products_in_pairs(s, rows, p);
+      } else {
+        if (p.p) scores(rows, D, s.q, s.k_transposed, p);
+        outputs(rows, within(p, s.v), D, s.q, s.state.current, E, s.out, false);
+      }
       if (x.normalize) normalizers(rows, p, D, s.q, s.current_sum, s.z);
       T* z = x.normalize ? y.normalizer.as<T>() + (b * Hq + head) * L + first : nullptr;
       for (int64_t r = 0; r < rows; ++r) {
@@ -394,6 +440,7 @@ class Linear {
       load_keys(s, b, h, first, rows, false);
       transpose(s.k.p, s.k.ld, rows, D, s.k_transposed.p, s.k_transposed.ld);
       load_values(s, b, h, first, rows, false, false);
+      if (in_pairs()) pair_keys(s, rows);
       if (y) forward_queries(s, *y, b, h, first, rows);
       accumulate_keys(s, rows);
     }
@@ -515,7 +562,7 @@ class Linear {
     for (int64_t head = h * groups; head < (h + 1) * groups; ++head) {
       load_gradients(s, y, b, head, first, rows, false);
       if (p.p) scores(rows, E + 1, s.g, s.v_transposed, p);
-      outputs(rows, p, s.k, E + 1, s.g, s.state.current, D, s.out, false);
+      outputs(rows, within(p, s.k), E + 1, s.g, s.state.current, D, s.out, false);
       load_rows(x.q, b, head, first, rows, D, s.q, false);
       pull_back_rows(s, s.q, s.out, rows, false);
       store_rows(s.out, rows, D, y.dq, b, head, first, false);
@@ -563,10 +610,10 @@ class Linear {
         if (outputs_too) {
           bool more = head > h * groups;
           scores(rows, E + 1, s.v, s.g_transposed, s.p);
-          outputs(rows, s.p, s.q, E + 1, s.v, more ? Matrix<T>{} : s.reverse.current, D, s.dk, more);
+          outputs(rows, within(s.p, s.q), E + 1, s.v, more ? Matrix<T>{} : s.reverse.current, D, s.dk, more);
           transpose(s.q.p, s.q.ld, rows, D, s.q_transposed.p, s.q_transposed.ld);
           scores(rows, D, s.k, s.q_transposed, s.p);
-          outputs(rows, s.p, s.g, D, s.k, more ? Matrix<T>{} : s.reverse_transposed, E, s.dv, more);
+          outputs(rows, within(s.p, s.g), D, s.k, more ? Matrix<T>{} : s.reverse_transposed, E, s.dv, more);
         }
         accumulate(rows, E + 1, s.g_transposed, s.q, D, s.reverse);
       }
@@ -643,8 +690,8 @@ class Linear {
         int64_t rows = std::min(chunk, end - first), b = where.sequence.b;
         load_keys(s, b, h, first, rows, false);
         load_values(s, b, h, first, rows, true, false);
-        outputs(rows, {}, {}, E + 1, s.v, s.reverse.current, D, s.dk, false);
-        outputs(rows, {}, {}, D, s.k, s.reverse_transposed, E, s.dv, false);
+        outputs(rows, within({}, {}), E + 1, s.v, s.reverse.current, D, s.dk, false);
+        outputs(rows, within({}, {}), D, s.k, s.reverse_transposed, E, s.dv, false);
         store_keys(s, y, b, h, first, rows, false);
       }
     });

@@ -27,9 +27,13 @@ struct Matrix {
   T* row(int64_t i) const { return p + i * ld; }
 };
 
+// A product reads its factors as T or, for bfloat16 inputs, as pairs (then A is Pair and depths count pairs).
+template <class A>
+constexpr int64_t per = std::is_same_v<A, Pair> ? 2 : 1;
+
 // p[i][j] = a_i . b_j for j <= i, with b_transposed [depth][rows]; above the diagonal p is unspecified
-template <class T>
-inline void scores(int64_t rows, int64_t depth, Matrix<T> a, Matrix<T> b_transposed, Matrix<T> p) {
+template <class T, class A>
+inline void scores(int64_t rows, int64_t depth, Matrix<A> a, Matrix<A> b_transposed, Matrix<T> p) {
   for_tiles<T>(rows, padded<T>(rows), [&](auto R, auto N, int64_t row, int64_t column) {
     if (column >= row + R) return;
     Tile<T, R, N> tile;
@@ -39,17 +43,27 @@ inline void scores(int64_t rows, int64_t depth, Matrix<T> a, Matrix<T> b_transpo
   });
 }
 
+// what a chunk's rows see of the chunk itself: whole tiles through `p` and `c`, the triangle on the diagonal through
+// `exact_p` and `exact_c`, which differ where the others are pairs; all null where not causal
+template <class T, class A>
+struct Within {
+  Matrix<T> exact_p, exact_c;
+  Matrix<A> p, c;
+};
+
 // y = tril(p) c + a state, with state [depth][columns]; either part may be left out (null), and y may be added to
-template <class T>
-inline void outputs(int64_t rows, Matrix<T> p, Matrix<T> c, int64_t depth, Matrix<T> a, Matrix<T> state, int64_t columns,
+template <class T, class A>
+inline void outputs(int64_t rows, Within<T, A> own, int64_t depth, Matrix<A> a, Matrix<A> state, int64_t columns,
                     Matrix<T> y, bool add) {
+  static_assert(tile_rows % per<A> == 0);
   for_tiles<T>(rows, padded<T>(columns), [&](auto R, auto N, int64_t row, int64_t column) {
     Tile<T, R, N> tile;
     if (add) tile.load_from(y.row(row) + column, y.ld);
     else tile.zero();
-    if (p.p) {
-      tile.multiply_add(p.row(row), p.ld, c.p + column, c.ld, row);
-      tile.multiply_add_triangle(p.row(row) + row, p.ld, c.row(row) + column, c.ld);
+    if (own.p.p) {
+      tile.multiply_add(own.p.row(row), own.p.ld, own.c.p + column, own.c.ld, row / per<A>);
+      tile.multiply_add_triangle(own.exact_p.row(row) + row, own.exact_p.ld, own.exact_c.row(row) + column,
+                                 own.exact_c.ld);
     }
     if (state.p) tile.multiply_add(a.row(row), a.ld, state.p + column, state.ld, depth);
     tile.store_to(y.row(row) + column, y.ld);
@@ -62,8 +76,8 @@ struct State {
 };
 
 // local += b^T c over the rows, current = base + local
-template <class T>
-inline void accumulate(int64_t rows, int64_t depth, Matrix<T> b_transposed, Matrix<T> c, int64_t columns, State<T> state) {
+template <class T, class A>
+inline void accumulate(int64_t rows, int64_t depth, Matrix<A> b_transposed, Matrix<A> c, int64_t columns, State<T> state) {
   for_tiles<T>(depth, padded<T>(columns), [&](auto R, auto N, int64_t row, int64_t column) {
     Tile<T, R, N> tile;
     tile.load_from(state.local.row(row) + column, state.local.ld);
@@ -71,6 +85,25 @@ inline void accumulate(int64_t rows, int64_t depth, Matrix<T> b_transposed, Matr
     tile.store_to(state.local.row(row) + column, state.local.ld);
     tile.store_sum(state.base.row(row) + column, state.current.row(row) + column, state.base.ld);
   });
+}
+
+// rows of T as pairs along the row (zero from n on, whole vectors of pairs), and pairs of two successive rows
+inline void pair_along(int64_t rows, int64_t n, Matrix<float> from, Matrix<Pair> to) {
+  constexpr int W = width<float>;
+  for (int64_t r = 0; r < rows; ++r) {
+    uint16_t* row = reinterpret_cast<uint16_t*>(to.row(r));
+    for (int64_t i = 0; i < round_up(n, 2 * W); i += W) {
+      HalfBits x = __builtin_convertvector(i < n ? round_to_bf16(load(from.row(r) + i)) : Bits{}, HalfBits);
+      std::memcpy(row + i, &x, sizeof x);
+    }
+  }
+}
+inline void pair_across(int64_t rows, int64_t n, Matrix<float> from, Matrix<Pair> to) {
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t i = 0; i < n; i += width<float>) {
+      Bits second = r + 1 < rows ? round_to_bf16(load(from.row(r + 1) + i)) : Bits{};
+      store(to.row(r / 2) + i, round_to_bf16(load(from.row(r) + i)) | second << 16);
+    }
 }
 
 // z_i = sum_{j <= i} p[i][j] + a_i . sums for a square of rows at a time; p may be null, a is zero-padded

@@ -58,9 +58,6 @@ inline void convert_to(float x, bf16& y) {
   y.bits = static_cast<uint16_t>(x != x ? (bits >> 16 | 0x40) : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-typedef uint32_t Bits __attribute__((vector_size(vector_bytes)));
-typedef uint16_t HalfBits __attribute__((vector_size(vector_bytes / 2)));
-
 // one vector of the working type from contiguous memory of another type
 template <class From>
 inline V<float> load_as(const From* p) {
@@ -91,9 +88,7 @@ template <class To>
 inline void store_as(To* p, V<float> x) {
   constexpr int W = width<float>;
   if constexpr (std::is_same_v<To, bf16>) {
-    Bits bits = (Bits)x, number = (Bits)(x == x);
-    Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
-    HalfBits narrow = __builtin_convertvector((rounded & number) | (quiet & ~number), HalfBits);
+    HalfBits narrow = __builtin_convertvector(round_to_bf16(x), HalfBits);
     std::memcpy(static_cast<void*>(p), &narrow, sizeof narrow);
 #if defined(__F16C__) && LONGATTN_VECTOR_BYTES == 32
   } else if constexpr (std::is_same_v<To, f16>) {

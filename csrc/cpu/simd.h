@@ -62,6 +62,40 @@ inline V<double> fma(V<double> a, V<double> b, V<double> c) {
 #endif
 }
 
+typedef uint32_t Bits __attribute__((vector_size(vector_bytes)));
+typedef uint16_t HalfBits __attribute__((vector_size(vector_bytes / 2)));
+
+// bfloat16, to nearest and ties to even, in the low half of each lane; NaN stays NaN
+inline Bits round_to_bf16(V<float> x) {
+  Bits bits = (Bits)x, number = (Bits)(x == x);
+  return (((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & number) | ((bits >> 16 | 0x40) & ~number);
+}
+
+// Two bfloat16 in 32 bits: what the dot product instructions multiply and add to a float32 lane. LONGATTN_BF16_PAIRS
+// turns them on without the instruction, so that any machine can run the logic.
+struct Pair { uint32_t bits; };
+#if (defined(__AVX512BF16__) && LONGATTN_VECTOR_BYTES == 64) || defined(LONGATTN_BF16_PAIRS)
+constexpr bool has_pairs = true;
+#else
+constexpr bool has_pairs = false;
+#endif
+inline Bits load(const Pair* p) {
+  Bits x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(Pair* p, Bits x) { std::memcpy(static_cast<void*>(p), &x, sizeof x); }
+inline Bits broadcast(Pair x) { return x.bits - Bits{}; }
+inline V<float> fma(Bits a, Bits b, V<float> c) {
+#if defined(__AVX512BF16__) && LONGATTN_VECTOR_BYTES == 64
+  return (V<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+  V<float> low_a = (V<float>)(a << 16), low_b = (V<float>)(b << 16);
+  V<float> high_a = (V<float>)(a & 0xffff0000), high_b = (V<float>)(b & 0xffff0000);
+  return fma(low_a, low_b, fma(high_a, high_b, c));
+#endif
+}
+
 // the lanes in a fixed order, halves first
 template <class T>
 inline T sum(V<T> x) {

@@ -48,15 +48,16 @@ struct Tile {
         store(to + at, load(from + at) + acc[r][n]);
       }
   }
-  // acc += a b with a [R][depth] and b [depth][N vectors]
-  void multiply_add(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth) {
+  // acc += a b with a [R][depth] and b [depth][N vectors], in float or in pairs of bfloat16
+  template <class A>
+  void multiply_add(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k) {
-      V<T> right[N];
+      decltype(load(b)) right[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) right[n] = load(b + k * ldb + n * width<T>);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        V<T> left = broadcast(a[r * lda + k]);
+        auto left = broadcast(a[r * lda + k]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[r][n] = fma(left, right[n], acc[r][n]);
       }
