@@ -2,8 +2,8 @@
 
 Switches, all environment variables: LONGATTN_NO_EXT=1 (pure Python), LONGATTN_CUDA=auto|0|1,
 LONGATTN_CUDA_ARCHS="80;90a;100", LONGATTN_WERROR=1 (warnings are errors), LONGATTN_EMULATE=1 (wide kernels for narrow
-registers, for tests), MAX_JOBS, CXX, CUDA_HOME. What was built, and why something was not, is printed in one line and kept
-in longattn/_build.json for `longattn doctor`.
+registers, for tests), MAX_JOBS, CXX, CUDA_HOME. What was built, and why something was not, is printed in one line and
+kept in longattn/_build.json for `longattn doctor`.
 """
 
 import functools
@@ -35,7 +35,7 @@ X86_ISAS = {
     "v4bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
 }
 # the widest kernels on narrow registers: any machine can test their logic, none chooses them by itself
-EMULATED = {"emulated": "-march=x86-64-v3 -DLONGATTN_VECTOR_BYTES=64 -DLONGATTN_BF16_PAIRS"}
+EMULATED = {"emulated": "-march=x86-64-v3 -Wno-psabi -DLONGATTN_VECTOR_BYTES=64 -DLONGATTN_BF16_PAIRS"}
 ISAS = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"generic": ""}
 CUDA_ARCHS = "80;90a;100"
 # gcc 12 finds its own AVX-512 intrinsics uninitialised
