@@ -16,15 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-SWITCHES = (
-    "LONGATTN_NO_EXT",
-    "LONGATTN_CUDA",
-    "LONGATTN_CUDA_ARCHS",
-    "LONGATTN_WERROR",
-    "MAX_JOBS",
-    "CXX",
-    "PYTHONPATH",
-)
+SWITCHES = ("NO_EXT", "CUDA", "CUDA_ARCHS", "EMULATE", "WERROR")
+OURS = {"MAX_JOBS", "CXX", "PYTHONPATH", *(f"LONGATTN_{name}" for name in SWITCHES)}
 
 pytest.importorskip("setuptools", minversion="77")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
@@ -63,7 +56,7 @@ int cuda_devices() { int n = 0; return cudaGetDeviceCount(&n) == cudaSuccess ? n
 
 def environment(**changes):
     """This environment without the switches of the build; None takes a variable away."""
-    kept = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    kept = {name: value for name, value in os.environ.items() if name not in OURS}
     return {name: value for name, value in {**kept, **changes}.items() if value is not None}
 
 
