@@ -201,6 +201,13 @@ def test_every_instruction_set_is_built_and_only_what_changed_is_built_again(sma
     assert devices == -1
     assert summary["cuda"] is None
     assert summary["why_no_cuda"] == "LONGATTN_CUDA=0"
+    # what runs everywhere comes first: the linker keeps the first copy of an inline function
+    (link,) = (
+        line for line in next((small / "build").rglob("build.ninja")).read_text().splitlines() if ": link " in line
+    )
+    levels = [f"cpu.{stem}.{isa}.o" for isa in isas for stem in ("level", "other")]
+    assert [Path(name).name for name in link.partition(": link ")[2].split()] == ["bindings.o", *levels]
+
     made = list((small / "build").rglob("*.o"))
     assert len(made) == 1 + 2 * len(isas)
 
