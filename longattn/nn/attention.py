@@ -195,16 +195,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """In torch's words where it has some."""
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
-        if self.in_proj_weight is None and key.shape[:2] != value.shape[:2]:
-            raise AssertionError(
-                f"key's sequence and batch dims {key.shape[:2]} do not match value's {value.shape[:2]}"
-            )
-        if self.in_proj_weight is not None and key.shape != value.shape:
-            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
-        came = key.shape[0 if batch_first else 1]
-        if came != B:
+        # torch names the shapes with the length first
+        k, v = (x.transpose(0, 1).shape if batch_first else x.shape for x in (key, value))
+        if self.in_proj_weight is None and k[:2] != v[:2]:
+            raise AssertionError(f"key's sequence and batch dims {k[:2]} do not match value's {v[:2]}")
+        if self.in_proj_weight is not None and k != v:
+            raise AssertionError(f"key shape {k} does not match value shape {v}")
+        if k[1] != B:
             raise ValueError(
-                f"MultiheadAttention: query and key must share the batch size, got {B} and {came} with "
+                f"MultiheadAttention: query and key must share the batch size, got {B} and {k[1]} with "
                 f"batch_first={self.batch_first}"
             )
 

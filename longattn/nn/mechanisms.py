@@ -69,7 +69,7 @@ class Mechanism:
             if isinstance(value, nn.Module):
                 shown.append(f"{field.name}={type(value).__name__}({value.extra_repr()})")
             elif value != field.default:
-                shown.append(f"{field.name}={getattr(value, '__qualname__', repr(value))}")
+                shown.append(f"{field.name}={getattr(value, '__name__', repr(value))}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
