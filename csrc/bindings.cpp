@@ -4,6 +4,9 @@
 
 #include "isa.h"
 
+#if defined(LONGATTN_WITH_CUDA)
+#include "cuda/linear.h"
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -75,6 +78,31 @@ void linear_backward(const py::dict& problem, const py::dict& results) {
   kernels.linear_backward(x, y);
 }
 
+#if defined(LONGATTN_WITH_CUDA)
+void launched(int error, const char* what) {
+  if (error) throw std::runtime_error(std::string("longattn: ") + what + " did not launch: " + cuda::error_string(error));
+}
+
+void state_scan(const py::dict& fields, int64_t segment, bool reverse, uintptr_t stream) {
+  Views get{fields};
+  cuda::StateScan x;
+  x.kv = get("kv"), x.k_sum = get("k_sum"), x.cu_seqlens = get("cu_seqlens");
+  x.initial_kv = get("initial_kv"), x.initial_k_sum = get("initial_k_sum");
+  x.final_kv = get("final_kv"), x.final_k_sum = get("final_k_sum");
+  x.segment = segment, x.reverse = reverse;
+  launched(cuda::state_scan(x, stream), "state_scan");
+}
+
+void linear_step(const py::dict& fields, int feature, bool normalize, double scale, uintptr_t stream) {
+  Views get{fields};
+  cuda::LinearStep x;
+  x.q = get("q"), x.k = get("k"), x.v = get("v"), x.mask = get("mask"), x.kv = get("kv"), x.k_sum = get("k_sum");
+  x.out = get("out"), x.normalizer = get("normalizer"), x.new_kv = get("new_kv"), x.new_k_sum = get("new_k_sum");
+  x.feature = feature, x.normalize = normalize, x.scale = scale;
+  launched(cuda::linear_step(x, stream), "linear_step");
+}
+#endif
+
 // asks for huge pages behind fresh memory: its first touch is several times faster. A hint, which the system may ignore.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -102,6 +130,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_gflops", [](int64_t repeats) { return active_kernels().peak_gflops(repeats); }, py::arg("repeats") = 20000);
 #if defined(LONGATTN_WITH_CUDA)
   m.def("cuda_built", [] { return true; });
+  m.def("state_scan", state_scan);
+  m.def("linear_step", linear_step);
 #else
   m.def("cuda_built", [] { return false; });
 #endif

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import native
 from ..features import FUSED, FeatureMap
 from ..native import linear as native_linear
+from ..native import linear_cuda as native_cuda
 from ..reference import linear as reference
 from ..state import LinearState
 from . import _check, _dispatch
@@ -45,7 +46,12 @@ def engine(impl: str):
         from ..kernels import linear as triton_linear
 
         return triton_linear
-    return native_linear
+    return {"cpu": native_linear, "cuda": native_cuda}[impl]
+
+
+def hooks(impl: str, x: Tensor) -> dict:
+    """What Triton's launchers take from the compiled extension where it has CUDA."""
+    return {"scan": native_cuda.scan} if impl == "triton" and x.is_cuda and native.missing_cuda() is None else {}
 
 
 # schema and fakes
@@ -107,13 +113,15 @@ def _(grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, *rest
 def _forward(q, k, v, mask, cu_seqlens, kv, k_sum, *rest):
     *options, save_segments = rest
     arguments = Options(*options)._asdict()
-    run = engine(arguments.pop("impl"))
-    return run.forward(q, k, v, mask, cu_seqlens, kv, k_sum, save_segments=save_segments, **arguments)
+    impl = arguments.pop("impl")
+    tensors = (q, k, v, mask, cu_seqlens, kv, k_sum)
+    return engine(impl).forward(*tensors, save_segments=save_segments, **arguments, **hooks(impl, q))
 
 
 def _backward(*arguments):
     tensors, options = arguments[:14], Options(*arguments[14:])._asdict()
-    return engine(options.pop("impl")).backward(*tensors, **options)
+    impl = options.pop("impl")
+    return engine(impl).backward(*tensors, **options, **hooks(impl, tensors[0]))
 
 
 for _device in ("cpu", "cuda"):
@@ -267,6 +275,8 @@ def _refuses(impl, q, k, v, cu_seqlens, is_causal, state) -> str | None:
         one_token = q.shape[2] == 1 and k.shape[2] == 1 and is_causal and state is not None and cu_seqlens is None
         if not one_token:
             return "the CUDA C++ kernel decodes one token with a state; longer inputs run in Triton"
+        if q.shape[3] > native_cuda.MAX_DIM:
+            return f"head_dim {q.shape[3]} is above {native_cuda.MAX_DIM}"
         grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))
         return "the CUDA C++ decode step has no backward; longer inputs and gradients run in Triton" if grads else None
     return engine(impl).refuses(q, k, v)
