@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longattn.cli import _compare, _measure, _text, _train, demo
+from longattn.cli import _compare, _measure, _text, _train, _units, demo
 from longattn.cli._compare import BreakEven, Point, Shape
 from longattn.cli.main import main
 from longattn.models import ByteLM
@@ -24,7 +24,8 @@ SAMPLE = b"Where it is a duty to worship the sun, it is pretty sure to be a crim
 
 @pytest.fixture
 def sample(tmp_path):
-    file = tmp_path / "sample.txt"
+    # a name that neither rich nor matplotlib may interpret
+    file = tmp_path / "[b]sample$_$.txt"
     file.write_bytes(SAMPLE)
     return file
 
@@ -235,6 +236,16 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
 
 
 # the command
+
+
+def test_quantities_have_three_digits_and_a_unit():
+    assert [_units.seconds(x) for x in (1.2e-4, 0.0345, 5.214, 119, 300, 36000)] == [
+        "120 us", "34.5 ms", "5.21 s", "119 s", "5.0 min", "10.0 h",
+    ]  # fmt: skip
+    assert [_units.size(x) for x in (291_000, 1.37e6, 549e6, 51.5e9, 4.4e12)] == [
+        "291 kB", "1.37 MB", "549 MB", "51.5 GB", "4.40 TB",
+    ]  # fmt: skip
+
 
 BAD = {
     "missing file": (["--text", "no/such/file"], "does not exist"),

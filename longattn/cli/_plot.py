@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ._compare import EXACT, MECHANISMS, Point, Shape, scores_bytes
 from ._train import Result, Step
-from ._units import seconds, size
 
 INK, FAINT = "#222222", "#8a8a8a"
 COLORS = ("#8a8a8a", "#0b6fb8", "#d1495b", "#2a9d6f", "#b07c10", "#7a4fb0")
@@ -26,14 +25,14 @@ def save(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.6), dpi=140, layout="constrained")
-    figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
     time, memory, loss = figure.subplots(1, 3)
     _curves(time, points, "training_s")
-    _label(time, "Time, forward and backward")
+    _label(time, "Time of forward and backward")
     _curves(memory, points, "training_bytes")
     _scores(memory, points, shape)
-    _label(memory, "Peak memory beyond the inputs, forward and backward")
-    for axis, unit in ((time, seconds), (memory, size)):
+    _label(memory, "Peak memory of the same, beyond the inputs")
+    for axis, unit in ((time, "s"), (memory, "B")):
         _lengths(axis, points, unit)
     _loss(loss, steps, result, entropies)
     figure.savefig(path)
@@ -64,12 +63,14 @@ def _scores(axis, points: Sequence[Point], shape: Shape) -> None:
     axis.plot(at, written_out, ls=":", lw=1.5, color=INK, label="n x n scores written out (computed)")
 
 
-def _lengths(axis, points: Sequence[Point], unit: Callable[[float], str]) -> None:
+def _lengths(axis, points: Sequence[Point], unit: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
     at = sorted({p.length for p in points})
     axis.set(xscale="log", yscale="log", xlabel="length (tokens)")
     if at:
         axis.set_xticks(at[::-2], [_short(n) for n in at[::-2]])
-        axis.yaxis.set_major_formatter(lambda value, _: unit(value))
+        axis.yaxis.set_major_formatter(EngFormatter(unit))
         axis.minorticks_off()
         axis.legend(frameon=False, fontsize=9)
 
@@ -94,6 +95,7 @@ def _loss(axis, steps: Sequence[Step], result: Result | None, entropies: tuple[f
             color=INK,
             xytext=(0, 2),
             textcoords="offset points",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     if steps:
         axis.plot([s.step for s in steps], [s.bits_per_byte for s in steps], color=COLORS[1], lw=2, label="training")

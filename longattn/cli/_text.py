@@ -69,7 +69,8 @@ def load(path: str) -> Text:
         raise InputError(f"--text {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > LARGEST:
         raise InputError(f"--text {path} is larger than {LARGEST >> 20} MiB; pass a part of it")
-    return Text(file.name, data)
+    # a name that is not text is still printable
+    return Text(file.name.encode(errors="replace").decode(), data)
 
 
 def _entropy(counts: torch.Tensor) -> float:

@@ -29,8 +29,8 @@ class Plan:
     seconds: float
     seed: int
     threads: int
-    width: int = 128
-    heads: int = 4
+    width: int = 96
+    heads: int = 3
     layers: int = 2
 
     @property

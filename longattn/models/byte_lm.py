@@ -33,7 +33,7 @@ class WindowEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). Both start as the identity."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)), squared ReLU in it. Starts as the identity."""
 
     def __init__(self, width: int, heads: int, hidden: int, mechanism: str | Mechanism) -> None:
         super().__init__()
@@ -42,14 +42,15 @@ class Block(nn.Module):
             width, heads, bias=False, batch_first=True, mechanism=mechanism, causal=True
         )
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False))
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.attention.out_proj.weight)
-        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(self.down.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.attention_norm(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.down(F.relu(self.up(self.mlp_norm(x))).square())
 
 
 class ByteLM(nn.Module):
@@ -67,8 +68,8 @@ class ByteLM(nn.Module):
 
     def __init__(
         self,
-        width: int = 128,
-        heads: int = 4,
+        width: int = 96,
+        heads: int = 3,
         layers: int = 2,
         hidden: int | None = None,
         window: int = 4,
@@ -111,7 +112,7 @@ class ByteLM(nn.Module):
         parts = zip(x.split(self.loss_chunk), targets.split(self.loss_chunk), strict=True)
         return sum(checkpoint(chunk, *part, use_reentrant=False) for part in parts) / targets.numel()
 
-    def optimizers(self, matrix_rate: float = 0.02, rate: float = 0.01) -> list[torch.optim.Optimizer]:
+    def optimizers(self, matrix_rate: float = 0.04, rate: float = 0.03) -> list[torch.optim.Optimizer]:
         """Muon for the blocks' matrices, Adam for the rest: it learns in tens of steps."""
         matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
         chosen = set(map(id, matrices))
