@@ -396,8 +396,9 @@ class Linear {
     if (in_pairs()) accumulate_pairs(s, rows);
     else accumulate(rows, D, s.k_transposed, s.v, E, s.state);
     for (int64_t m = 0; m < D; m += width<T>) {
-      V<T> local = load(s.local_sum + m);
+      V<T> local{};
       for (int64_t r = 0; r < rows; ++r) local += load(s.k.row(r) + m);
+      local += load(s.local_sum + m);
       store(s.local_sum + m, local);
       store(s.current_sum + m, load(s.base_sum + m) + local);
     }

@@ -4,7 +4,8 @@
 // sums over j >= i.
 //
 // The state is kept in two levels: `local` since the segment's start and `base` before it; `current` is their sum. So a
-// segment computed on its own and one computed after its predecessors give the same bits.
+// segment computed on its own and one computed after its predecessors give the same bits. Each chunk is summed from 0
+// before it joins `local`: the error then grows with the number of chunks and not of tokens.
 #pragma once
 #include "tile.h"
 
@@ -80,8 +81,9 @@ template <class T, class A>
 inline void accumulate(int64_t rows, int64_t depth, Matrix<A> b_transposed, Matrix<A> c, int64_t columns, State<T> state) {
   for_tiles<T>(depth, padded<T>(columns), [&](auto R, auto N, int64_t row, int64_t column) {
     Tile<T, R, N> tile;
-    tile.load_from(state.local.row(row) + column, state.local.ld);
+    tile.zero();
     tile.multiply_add(b_transposed.row(row), b_transposed.ld, c.p + column, c.ld, rows);
+    tile.add(state.local.row(row) + column, state.local.ld);
     tile.store_to(state.local.row(row) + column, state.local.ld);
     tile.store_sum(state.base.row(row) + column, state.current.row(row) + column, state.base.ld);
   });

@@ -32,6 +32,12 @@ struct Tile {
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) acc[r][n] = load(p + r * ld + n * width<T>);
   }
+  void add(const T* p, int64_t ld) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[r][n] += load(p + r * ld + n * width<T>);
+  }
   void store_to(T* p, int64_t ld) const {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)

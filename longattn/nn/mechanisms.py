@@ -105,16 +105,13 @@ class Linear(Mechanism):
     impl: str = "auto"
 
     def __post_init__(self):
-        _check.require(
-            callable(self.feature_map) or self.feature_map in FUSED,
-            "Linear",
-            f"feature_map must be one of {', '.join(FUSED)} or a callable, got {self.feature_map!r}",
-        )
-        _check.require(
-            self.impl in ("auto", *IMPLS),
-            "Linear",
-            f"impl must be 'auto' or one of {', '.join(map(repr, IMPLS))}, got {self.impl!r}",
-        )
+        named = isinstance(self.feature_map, str) and self.feature_map in FUSED
+        if not callable(self.feature_map) and not named:
+            known = ", ".join(FUSED)
+            _check.fail("Linear", f"feature_map must be one of {known} or a callable, got {self.feature_map!r}")
+        if self.impl not in ("auto", *IMPLS):
+            known = ", ".join(map(repr, IMPLS))
+            _check.fail("Linear", f"impl must be 'auto' or one of {known}, got {self.impl!r}")
 
     def attend(self, q, k, v, *, is_causal, key_padding_mask, dropout_p, attn_mask=None) -> Tensor:
         output = linear_attention(
@@ -152,11 +149,13 @@ NAMED = {"exact": Exact, "linear": Linear}
 
 def resolve(mechanism: str | Mechanism) -> Mechanism:
     """A mechanism from its name or from itself; ValueError or TypeError in a sentence."""
+    examples = "or a description such as longattn.Linear()"
     if isinstance(mechanism, str):
-        known = ", ".join(map(repr, NAMED))
-        sentence = f"mechanism must be one of {known} or a description such as longattn.Linear(), got {mechanism!r}"
-        _check.require(mechanism in NAMED, "MultiheadAttention", sentence)
+        if mechanism not in NAMED:
+            known = ", ".join(map(repr, NAMED))
+            _check.fail("MultiheadAttention", f"mechanism must be one of {known} {examples}, got {mechanism!r}")
         return NAMED[mechanism]()
-    sentence = f"mechanism must be a name or a description such as longattn.Linear(), got {_check.describe(mechanism)}"
-    _check.require(isinstance(mechanism, Mechanism), "MultiheadAttention", sentence, TypeError)
+    if not isinstance(mechanism, Mechanism):
+        came = _check.describe(mechanism)
+        _check.fail("MultiheadAttention", f"mechanism must be a name {examples}, got {came}", TypeError)
     return mechanism

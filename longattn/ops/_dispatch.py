@@ -40,6 +40,11 @@ def missing(impl: str) -> str | None:
     return None
 
 
+# what is installed does not change while a graph lives: torch.compile may take the answer as it is, and need not look
+# into module loading (its decorator for this would import Triton)
+missing._dynamo_marked_constant = True
+
+
 def backends() -> list[tuple[str, bool, str]]:
     """(name, usable, reason) of every engine on this machine."""
     return [(impl, missing(impl) is None, missing(impl) or "") for impl in IMPLS]
@@ -93,7 +98,7 @@ def _warn_reference(op: str, why: str) -> None:
         f"{op}: only the dense reference can run here ({why}). It is for truth, not for speed: O(L S) time and memory. "
         "Install the kernels: `pip install longattn` with a C++ compiler on PATH for CPU, Triton for NVIDIA GPUs.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -135,13 +136,10 @@ for _device in ("cpu", "cuda"):
 class _LinearBackward(torch.autograd.Function):
     """The first derivative as a node of its own, so that asking for the second gets a sentence."""
 
+    # torch.compile does not take a setup_context here
     @staticmethod
-    def forward(*arguments):
+    def forward(ctx, *arguments):
         return torch.ops.longattn._linear_backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
     @staticmethod
     def backward(ctx, *grads):
@@ -196,17 +194,38 @@ class _Call(NamedTuple):
 
 
 def _check_state(op: str, state, call_sequences: int, k: Tensor, v: Tensor) -> None:
-    _check.require(
-        isinstance(state, LinearState), op, f"state must be a LinearState, got {_check.describe(state)}", TypeError
-    )
-    shape = [call_sequences, k.shape[1], k.shape[3], v.shape[3]]
+    if not isinstance(state, LinearState):
+        _check.fail(op, f"state must be a LinearState, got {type(state).__name__}", TypeError)
+    shape = (call_sequences, k.shape[1], k.shape[3], v.shape[3])
+    acc = accumulator(k.dtype)
     for name, x, expected in (("kv", state.kv, shape), ("k_sum", state.k_sum, shape[:3])):
-        sentence = (
-            f"state.{name} must be {accumulator(k.dtype)} {expected} on {k.device} "
-            f"([sequences, key heads, features, value dim]), got {_check.describe(x)}"
-        )
-        _check.require(isinstance(x, Tensor) and list(x.shape) == expected and x.device == k.device, op, sentence)
-        _check.require(x.dtype == accumulator(k.dtype), op, sentence, TypeError)
+        typed = isinstance(x, Tensor) and x.dtype == acc
+        if typed and x.shape == expected and x.device == k.device:
+            continue
+        wanted = f"{str(acc).removeprefix('torch.')} {list(expected)} on {k.device}"
+        meaning = "[sequences, key heads, features, value dim]"
+        sentence = f"state.{name} must be {wanted} ({meaning}), got {_check.describe(x)}"
+        _check.fail(op, sentence, ValueError if typed else TypeError)
+
+
+def _map_features(op: str, feature_map: FeatureMap, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):
+    """-> q, k, v and the name of the map that is left to the engine"""
+    if not callable(feature_map):
+        if not isinstance(feature_map, str) or feature_map not in FUSED:
+            known = ", ".join(FUSED)
+            _check.fail(op, f"feature_map must be one of {known} or a callable, got {feature_map!r}")
+        return q, k, v, feature_map
+    if mask is not None:
+        # the map's own backward would make NaN of a padded key's NaN times 0
+        k = k.masked_fill(mask[:, None, :, None], 0)
+    phi_q, phi_k = feature_map(q), feature_map(k)
+    for x, y in ((q, phi_q), (k, phi_k)):
+        shaped = isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.shape[-1] == phi_q.shape[-1] > 0
+        if not shaped or y.dtype not in _check.DTYPES:
+            came = f"got {_check.describe(y)} from {_check.describe(x)}"
+            _check.fail(op, f"feature_map must map floating [..., D] to [..., M] with M > 0, {came}")
+    # a map that works in float32 for accuracy keeps it: the values follow
+    return phi_q, phi_k, v.to(phi_q.dtype), "identity"
 
 
 def _prepare(
@@ -228,36 +247,17 @@ def _prepare(
     _check.attention_inputs(op, q, k, v, enable_gqa)
     _check.padding_mask(op, key_padding_mask, k)
     _check.packed_sequences(op, cu_seqlens, q, k)
-    _check.require(
-        scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale)),
-        op,
-        f"scale must be a finite number or None, got {_check.describe(scale)}",
-    )
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        _check.fail(op, f"scale must be a finite number or None, got {_check.describe(scale)}")
     L, S = q.shape[2], k.shape[2]
-    _check.require(
-        not is_causal or L == S or (state is not None and cu_seqlens is None),
-        op,
-        f"is_causal needs as many queries as keys, got {L} and {S}; carry a state with linear_attention_with_state, "
-        "which then aligns the last query with the last key",
-    )
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if is_causal and L != S and (state is None or cu_seqlens is not None):
+        remedy = "carry a state with linear_attention_with_state, which then aligns the last query with the last key"
+        _check.fail(op, f"is_causal needs as many queries as keys, got {L} and {S}; {remedy}")
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if callable(feature_map):
-        mapped = [feature_map(x) for x in (q, k)]
-        for x, y in zip((q, k), mapped, strict=True):
-            _check.require(
-                isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.shape[-1] == mapped[0].shape[-1],
-                op,
-                f"feature_map must map [..., D] to [..., M], got {_check.describe(y)} from {_check.describe(x)}",
-            )
-        # a map that works in float32 for accuracy keeps it: the values follow
-        q, k, v, feature = *mapped, v.to(mapped[0].dtype), "identity"
-    else:
-        feature = feature_map
-        _check.require(
-            feature in FUSED, op, f"feature_map must be one of {', '.join(FUSED)} or a callable, got {feature_map!r}"
-        )
+    q, k, v, feature = _map_features(op, feature_map, q, k, v, key_padding_mask)
     if state is not None:
         _check_state(op, state, sequences(q, cu_seqlens), k, v)
     reasons = {name: _refuses(name, q, k, v, cu_seqlens, is_causal, state) for name in _dispatch.IMPLS}
@@ -304,8 +304,19 @@ def _run_reference(call: _Call) -> LinearAttentionOutput:
         return _run_aligned(call)
     acc, (kv, k_sum) = accumulator(q.dtype), (None, None) if state is None else state
     names = {name: getattr(options, name) for name in ("feature", "is_causal", "normalize", "scale")}
-    output, kv, k_sum = reference.linear_attention(q.to(acc), k.to(acc), v.to(acc), mask, cu_seqlens, kv, k_sum, **names)
-    return LinearAttentionOutput(output.to(q.dtype), LinearState(kv, k_sum))
+    if mask is not None:
+        # kept out of the graph, so that NaN in a padded key does not reach its gradient as 0 * NaN
+        k, v = (x.masked_fill(mask[:, None, :, None], 0) for x in (k, v))
+    tensors = (q.to(acc), k.to(acc), v.to(acc), mask, cu_seqlens, kv, k_sum)
+    # the inputs have autocast's dtype already; the sums keep theirs
+    with _without_autocast(q.device.type):
+        output, kv, k_sum = reference.linear_attention(*tensors, **names)
+    return LinearAttentionOutput(output.to(q.dtype), LinearState(kv.contiguous(), k_sum.contiguous()))
+
+
+def _without_autocast(device: str):
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def _run_aligned(call: _Call) -> LinearAttentionOutput:
