@@ -164,6 +164,13 @@ def test_causality_needs_no_mask(extra, padded, need_weights):
             assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-9, atol=1e-9), arguments.keys()
 
 
+def test_hinted_mask_is_taken_for_the_causal_one(mechanism):
+    module, x = build(mechanism), draw(2, 5, E)
+    expected = module(x, x, x, need_weights=False, is_causal=True)[0]
+    wrong = torch.zeros(5, 5, dtype=torch.bool)
+    assert_same_bits("output", module(x, x, x, need_weights=False, attn_mask=wrong, is_causal=True)[0], expected)
+
+
 def test_causal_module_adds_its_causality_to_a_mask():
     module, x = build(causal=True), draw(2, 5, E)
     band = torch.ones(5, 5, dtype=torch.bool).tril(-2)

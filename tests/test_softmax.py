@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import longattn
 from longattn import softmax_attention
+from longattn.ops import softmax
 from longattn.ops.softmax import softmax_attention_with_weights
 from longattn.reference import softmax as reference
 from longattn.testing.assertions import assert_same_bits
@@ -193,6 +194,20 @@ def test_padding_equals_leaving_the_keys_out(is_causal):
     queries = q[:, :, start:stop] if is_causal else q
     short = softmax_attention(queries, *kept, is_causal=is_causal)
     torch.testing.assert_close(padded[:, :, start:stop] if is_causal else padded, short, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", ["causal", "bool [L, S]", "float [B, Hq, L, S]"])
+def test_masks_merge_for_kernels_that_take_one(mask):
+    # the way of devices other than the CPU
+    shape = (2, 4, 2, 6, 6, 8, 8)
+    q, k, v = (x.detach() for x in draw(shape))
+    padding, attn_mask = draw_padding(shape), draw_mask(mask, shape)
+    wide = attn_mask if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
+    merged = softmax._merge(wide, padding, 6, mask == "causal")
+    options = {"enable_gqa": True, "impl": "reference"}
+    expected = softmax_attention(q, k, v, attn_mask, 0.0, mask == "causal", key_padding_mask=padding, **options)
+    torch.testing.assert_close(softmax_attention(q, k, v, merged, **options), expected)
+    assert expected[1].count_nonzero() > 0
 
 
 class Watch(TorchDispatchMode):
