@@ -1,4 +1,4 @@
-"""Long-context attention for PyTorch: fused kernels with exact gradients behind SDPA-like functions and a drop-in module.
+"""Long-context attention for PyTorch: fused kernels with exact gradients, SDPA-like functions, a drop-in module.
 
 Importing this package loads no Triton, touches no GPU, compiles nothing and writes nothing.
 """

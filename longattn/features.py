@@ -9,7 +9,6 @@ A callable maps `[..., D] -> [..., M]`; it runs eagerly, with autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 RELU_EPSILON = 1e-3
 
-FeatureMap = Union[str, Callable[[Tensor], Tensor]]
+FeatureMap = str | Callable[[Tensor], Tensor]
 
 
 def elu(x: Tensor) -> Tensor:

@@ -44,5 +44,5 @@ class LinearState(NamedTuple):
         )
 
     def select(self, rows: Tensor) -> LinearState:
-        """The state of the chosen sequences, in that order (beam search, leaving a batch). rows: indices or a bool mask."""
+        """The state of the chosen sequences, in that order (beam search). rows: indices or a bool mask."""
         return LinearState(self.kv[rows], self.k_sum[rows])

@@ -522,16 +522,18 @@ class Linear {
     for_sequences([&](Scratch<T>& s, int64_t n, int64_t h) {
       load_keys(s, n, h, 0, 1, false);
       load_values(s, n, h, 0, 1, false, false);
-      Saved to = saved(y.kv, y.k_sum, n, h);
-      initial(x.kv, x.k_sum, n, h, to);
+      Saved to = saved(y.kv, y.k_sum, n, h), from = to;
+      if (x.kv) from = saved(x.kv, x.k_sum, n, h);
+      else initial(x.kv, x.k_sum, n, h, to);
       const T *k = s.k.p, *v = s.v.p;
       for (int64_t m = 0; m < D; ++m) {
+        const T* old = from.kv + m * E;
         T* row = to.kv + m * E;
         V<T> km = broadcast(k[m]);
         int64_t e = 0;
-        for (; e + width<T> <= E; e += width<T>) store(row + e, fma(km, load(v + e), load(row + e)));
-        for (; e < E; ++e) row[e] += k[m] * v[e];
-        to.sum[m] += k[m];
+        for (; e + width<T> <= E; e += width<T>) store(row + e, fma(km, load(v + e), load(old + e)));
+        for (; e < E; ++e) row[e] = old[e] + k[m] * v[e];
+        to.sum[m] = from.sum[m] + k[m];
       }
       for (int64_t head = h * groups; head < (h + 1) * groups; ++head) {
         load_queries(n, head, 0, 1, s.q, false);

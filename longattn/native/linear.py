@@ -48,7 +48,7 @@ class _Problem:
         }  # fmt: skip
 
     def state(self, slots: int | None = None) -> tuple[Tensor, Tensor]:
-        """Uninitialised state tensors: outgoing ones, or one for each slot. Packed slots may stay unused, so they are zeroed."""
+        """Uninitialised outgoing states, or one for each slot; packed slots may stay unused, so they are zeroed."""
         lead = (self.sequences, self.heads) if slots is None else (self.batch, self.heads, slots)
         make = torch.zeros if slots is not None and self.packed else torch.empty
         return tuple(make(*lead, *shape, dtype=self.acc) for shape in (self.state_shape, self.state_shape[:1]))

@@ -63,8 +63,8 @@ def padding_mask(op: str, mask: Tensor | None, k: Tensor) -> None:
     fits = mask.dim() == 2 and mask.shape[0] == k.shape[0] and mask.shape[1] == k.shape[2]
     if fits and mask.dtype == torch.bool and mask.device == k.device:
         return
-    expected = f"bool [B, S] = {[k.shape[0], k.shape[2]]} with True for padded keys, on {k.device}"
-    hint = "; pass mask == float('-inf')" if mask.is_floating_point() else ""
+    expected = f"bool [B, S] = {[k.shape[0], k.shape[2]]} with True for padded keys"
+    hint = "; pass mask == float('-inf')" if mask.is_floating_point() else f", but key is on {k.device}"
     error = ValueError if mask.dtype == torch.bool else TypeError
     fail(op, f"key_padding_mask must be {expected}, got {describe(mask)}{hint}", error)
 

@@ -22,6 +22,11 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
@@ -31,11 +36,11 @@ def missing(impl: str) -> str | None:
     if impl == "cpu":
         return native.missing()
     if impl == "cuda":
-        return native.missing_cuda() or (None if torch.cuda.is_available() else "torch sees no NVIDIA GPU")
+        return native.missing_cuda() or (None if _has_gpu() else "torch sees no NVIDIA GPU")
     if impl == "triton":
         if not _has_triton():
             return "Triton is not installed; pip install triton"
-        if not torch.cuda.is_available() and not _interpreting():
+        if not _has_gpu() and not _interpreting():
             return "torch sees no NVIDIA GPU"
     return None
 

@@ -202,7 +202,7 @@ def _check_state(op: str, state, call_sequences: int, k: Tensor, v: Tensor) -> N
         typed = isinstance(x, Tensor) and x.dtype == acc
         if typed and x.shape == expected and x.device == k.device:
             continue
-        wanted = f"{str(acc).removeprefix('torch.')} {list(expected)} on {k.device}"
+        wanted = f"{acc} {list(expected)} on {k.device}"
         meaning = "[sequences, key heads, features, value dim]"
         sentence = f"state.{name} must be {wanted} ({meaning}), got {_check.describe(x)}"
         _check.fail(op, sentence, ValueError if typed else TypeError)
@@ -223,7 +223,7 @@ def _map_features(op: str, feature_map: FeatureMap, q: Tensor, k: Tensor, v: Ten
         shaped = isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.shape[-1] == phi_q.shape[-1] > 0
         if not shaped or y.dtype not in _check.DTYPES:
             came = f"got {_check.describe(y)} from {_check.describe(x)}"
-            _check.fail(op, f"feature_map must map floating [..., D] to [..., M] with M > 0, {came}")
+            _check.fail(op, f"feature_map must map [..., D] to [..., M], {came}; M > 0, and a floating dtype")
     # a map that works in float32 for accuracy keeps it: the values follow
     return phi_q, phi_k, v.to(phi_q.dtype), "identity"
 
@@ -350,14 +350,16 @@ def linear_attention(
 
         o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j)
 
-    over the keys j that are not padded and, if causal, j <= i. Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 4-5, 8-9.
+    over the keys j that are not padded and, if causal, j <= i. Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 4-5
+    and 8-9.
 
     query: `[B, Hq, L, D]`, key: `[B, H, S, D]`, value: `[B, H, S, E]`; float32, bfloat16, float16, or float64 (CPU and
         reference), one dtype for all, any strides. Sums are float32 (float64 for float64).
     feature_map: phi, "elu" (elu(x)+1), "relu" (max(x, 0) + 1e-3), "identity", or a callable `[..., D] -> [..., M]`, run
         eagerly with autograd. With normalize=True features should be positive: the result divides by their sum.
     is_causal: query i sees keys 0..i; needs L == S.
-    key_padding_mask: bool `[B, S]`, True for a padded key. It leaves numerator and denominator, whatever it holds (NaN too).
+    key_padding_mask: bool `[B, S]`, True for a padded key. It leaves numerator and denominator, whatever it holds, NaN
+        too.
     cu_seqlens: int32 `[N+1]`, boundaries of N sequences packed along the length, from 0 to L; then B = 1 and L = S.
     scale: multiplies phi(q).phi(k), default 1; cancels when normalize=True.
     normalize: divide by the sum of the weights. False returns the numerator.
@@ -405,8 +407,8 @@ def linear_attention_with_state(
 
     Splitting a sequence anywhere and carrying the state equals one call; so does feeding it token by token.
     state: what all queries see beside the keys given here; None is the empty state. `[B, ...]`, or one row for each
-        packed sequence. With a state, causal calls may have L != S: the last query is aligned with the last key, so L < S
-        prefills and reads out only the last L, and L > S lets the first L - S queries see the state alone.
+        packed sequence. With a state, causal calls may have L != S: the last query is aligned with the last key, so
+        L < S prefills and reads out only the last L, and L > S lets the first L - S queries see the state alone.
     Other arguments, dtypes and errors as in `linear_attention`.
     """
     return _run(

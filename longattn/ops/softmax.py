@@ -40,19 +40,21 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, k: Tensor, is_causal: b
     if mask is None:
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: attn_mask must be a tensor, got {_check.describe(mask)}")
+        _check.fail(op, f"attn_mask must be a tensor, got {_check.describe(mask)}", TypeError)
     full = (*q.shape[:3], k.shape[2])
     typed = mask.dtype == torch.bool or mask.is_floating_point()
     fits = mask.dim() <= 4 and all(
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
     )
     if not typed or not fits or mask.device != q.device:
-        raise (ValueError if typed else TypeError)(
-            f"{op}: attn_mask must be bool (True = may attend) or float (added to the scores), broadcast to "
-            f"[B, Hq, L, S] = {list(full)} and be on {q.device}, got {_check.describe(mask)}"
+        _check.fail(
+            op,
+            "attn_mask must be bool (True = may attend) or float (added to the scores), broadcast to [B, Hq, L, S] = "
+            f"{list(full)} and be on {q.device}, got {_check.describe(mask)}",
+            ValueError if typed else TypeError,
         )
     if is_causal:
-        raise ValueError(f"{op}: attn_mask and is_causal exclude each other; put the causal part into attn_mask")
+        _check.fail(op, "attn_mask and is_causal exclude each other; put the causal part into attn_mask")
 
 
 def _prepare(
@@ -73,11 +75,10 @@ def _prepare(
     _check.attention_inputs(op, q, k, v, enable_gqa)
     _check.padding_mask(op, key_padding_mask, k)
     _check_mask(op, attn_mask, q, k, is_causal)
-    # torch.compile may know these numbers as symbols only, which cannot be put into a sentence
     if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1):
-        raise ValueError(f"{op}: dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")
+        _check.fail(op, f"dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")
     if not (scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))):
-        raise ValueError(f"{op}: scale must be a finite number or None, got {_check.describe(scale)}")
+        _check.fail(op, f"scale must be a finite number or None, got {_check.describe(scale)}")
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

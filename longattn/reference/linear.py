@@ -3,7 +3,7 @@
     o_i = sum_j w_ij (phi(q_i).phi(k_j)) v_j / sum_j w_ij (phi(q_i).phi(k_j))
 
 w_ij is 1 where query i may see key j (same sequence, key not padded, j <= i if causal), else 0.
-Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 4-5 and 8-9. Dense: O(L S) time and memory, for truth and not for speed.
+Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 4-5 and 8-9. Dense, O(L S) time and memory: for truth, not for speed.
 """
 
 from __future__ import annotations

@@ -24,10 +24,9 @@ def attention_weights(
 ) -> Tensor:
     """-> weights [B, Hq, L, S]"""
     L, S, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    rows, columns = torch.arange(L, device=q.device), torch.arange(S, device=q.device)
     allowed = torch.ones(q.shape[0], 1, L, S, dtype=torch.bool, device=q.device)               # [B, 1, L, S]
     if is_causal:
-        allowed = allowed & (columns <= rows[:, None])
+        allowed = allowed.tril()
     if key_padding_mask is not None:
         allowed = allowed & ~key_padding_mask[:, None, None, :]
         k = k.masked_fill(key_padding_mask[:, None, :, None], 0)
@@ -37,7 +36,6 @@ def attention_weights(
     elif attn_mask is not None:
         allowed = allowed & (attn_mask != -torch.inf)
         scores = scores + attn_mask.to(scores.dtype)
-
     # a row that sees nothing takes the softmax of zeros, so that its gradient is finite before it is dropped
     seen = allowed.any(-1, keepdim=True)                                                       # [B, 1 or Hq, L, 1]
     scores = torch.where(allowed, scores, -torch.inf)
@@ -55,9 +53,8 @@ def softmax_attention(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """-> output [B, Hq, L, E], weights [B, Hq, L, S] after dropout; other arguments as in `attention_weights`"""
-    weights = attention_weights(q, k, attn_mask, key_padding_mask, is_causal=is_causal, scale=scale)
-    weights = F.dropout(weights, dropout_p)
+    """-> output [B, Hq, L, E], weights [B, Hq, L, S] after dropout"""
+    weights = F.dropout(attention_weights(q, k, attn_mask, key_padding_mask, is_causal=is_causal, scale=scale), dropout_p)
     if key_padding_mask is not None:
         v = v.masked_fill(key_padding_mask[:, None, :, None], 0)
     return weights @ v.repeat_interleave(q.shape[1] // k.shape[1], 1), weights
