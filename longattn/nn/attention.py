@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops import _check
 from . import masks
 from .mechanisms import Exact, Mechanism, resolve
 
@@ -57,9 +58,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> None:
         mechanism = resolve(mechanism)
         if (add_bias_kv or add_zero_attn) and not mechanism.takes_attn_mask:
-            raise ValueError(
-                f"MultiheadAttention: add_bias_kv and add_zero_attn need mechanism='exact', got {mechanism!r}"
-            )
+            sentence = f"add_bias_kv and add_zero_attn need mechanism='exact', got {mechanism!r}"
+            _check.fail("MultiheadAttention", sentence)
         super().__init__(
             embed_dim,
             num_heads,
@@ -139,10 +139,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         mechanism = self.mechanism
         exact = mechanism.takes_attn_mask
         if need_weights and not exact and L * S > WEIGHTS_LIMIT:
-            raise ValueError(
-                f"MultiheadAttention: need_weights=True would form {L} x {S} weights, and {mechanism!r} forms them up "
-                f"to L * S = {WEIGHTS_LIMIT}; pass need_weights=False"
-            )
+            limit = f"{mechanism!r} forms them up to L * S = {WEIGHTS_LIMIT}; pass need_weights=False"
+            _check.fail("MultiheadAttention", f"need_weights=True would form {L} x {S} weights, and {limit}")
         padded, key_bias = masks.padding(key_padding_mask, mechanism)
         if padded is not None and not same_query:
             # NaN in a padded key must not reach the gradients of the projections, as 0 * NaN
@@ -202,10 +200,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.in_proj_weight is not None and k != v:
             raise AssertionError(f"key shape {k} does not match value shape {v}")
         if k[1] != B:
-            raise ValueError(
-                f"MultiheadAttention: query and key must share the batch size, got {B} and {k[1]} with "
-                f"batch_first={self.batch_first}"
-            )
+            came = f"got {B} and {k[1]} with batch_first={self.batch_first}"
+            _check.fail("MultiheadAttention", f"query and key must share the batch size, {came}")
 
     def _check_nested(self, query, key, value, key_padding_mask, attn_mask) -> None:
         """torch takes nested tensors on its fast path only; here the same calls are padded, in any mode."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops._check import describe
+from ..ops import _check
 from .mechanisms import Mechanism
 
 
@@ -61,13 +61,13 @@ def padding(key_padding_mask: Tensor | None, mechanism: Mechanism) -> tuple[Tens
         known = _readable(plain) and plain.device.type == "cpu" and bool(plain)
         return padded, None if known else key_padding_mask
     sentence = (
-        f"MultiheadAttention: {mechanism!r} takes a key_padding_mask that is bool, or float with values 0 and -inf; "
-        "others would be added to softmax scores, for which there is mechanism='exact'"
+        f"{mechanism!r} takes a key_padding_mask that is bool, or float with values 0 and -inf; others would be added "
+        "to softmax scores, for which there is mechanism='exact'"
     )
     if not _readable(plain):
-        torch._assert_async(plain, sentence)
+        torch._assert_async(plain, f"MultiheadAttention: {sentence}")
     elif not plain:
-        raise ValueError(sentence)
+        _check.fail("MultiheadAttention", sentence)
     return padded, None
 
 
@@ -76,10 +76,10 @@ def for_efficient(
 ) -> Masks:
     """Causality and key padding; any other attn_mask is refused."""
     if attn_mask is not None and not hint and not _is_causal_mask(attn_mask, L, S):
-        raise ValueError(
-            f"MultiheadAttention: {mechanism!r} cannot honour this attn_mask ({describe(attn_mask)}): it takes the "
-            "causal mask (pass is_causal=True, with it or without) and key_padding_mask; for other masks there is "
-            "mechanism='exact'"
+        _check.fail(
+            "MultiheadAttention",
+            f"{mechanism!r} cannot honour this attn_mask ({_check.describe(attn_mask)}): it takes the causal mask "
+            "(pass is_causal=True, with it or without) and key_padding_mask; other masks take mechanism='exact'",
         )
     return Masks(None, padded, is_causal or hint or attn_mask is not None)
 

@@ -1,0 +1,153 @@
+"""nn.MultiheadAttention within what torch builds around it: encoders, decoders, nested tensors, torch.compile."""
+
+import copy
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+from _attention import MECHANISMS, E, build, draw, gradients
+from torch import nn
+
+from longattn.nn import MultiheadAttention
+
+# the reference is chosen where nothing was compiled, and says so
+pytestmark = pytest.mark.filterwarnings("ignore:linear_attention. only the dense reference")
+
+
+@pytest.fixture(params=MECHANISMS)
+def mechanism(request):
+    return MECHANISMS[request.param]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts calls of our forward. A hook would count too, but switches torch's fast path off, and so hides the bug."""
+    counted, forward = [], MultiheadAttention.forward
+
+    @functools.wraps(forward)
+    def counting(self, *args, **kwargs):
+        counted.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultiheadAttention, "forward", counting)
+    return counted
+
+
+def encoder_with(mechanism, replaced, layers=2):
+    """torch's encoder, with our module put into the layer before the encoder is made, or into the encoder."""
+    layer = nn.TransformerEncoderLayer(E, 2, 16, dropout=0.0, batch_first=True)
+    ours = MultiheadAttention(E, 2, batch_first=True, mechanism=mechanism)
+    ours.load_state_dict(layer.self_attn.state_dict())
+    if replaced:
+        encoder = nn.TransformerEncoder(layer, layers)
+        for made in encoder.layers:
+            made.self_attn = copy.deepcopy(ours)
+        return encoder
+    layer.self_attn = ours
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+MODES = {
+    "train": (True, torch.enable_grad),
+    "eval": (False, torch.enable_grad),
+    "no_grad": (False, torch.no_grad),
+    "inference_mode": (False, torch.inference_mode),
+}
+
+
+# torch converts a padded batch to a nested tensor by itself, and then says that those are a prototype
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_torchs_encoder_never_computes_attention_behind_our_back(mode, replaced, mechanism, calls):
+    torch.manual_seed(0)
+    encoder, x = encoder_with(mechanism, replaced), torch.randn(3, 6, E)
+    padding = torch.arange(6) >= torch.tensor([[6], [4], [2]])
+    causal = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    training, context = MODES[mode]
+    for mask, padded in itertools.product((None, causal), (None, padding)):
+        expected = encoder.train()(x, mask, src_key_padding_mask=padded)
+        calls.clear()
+        with context():
+            actual = encoder.train(training)(x, mask, src_key_padding_mask=padded)
+        assert [id(module) for module in calls] == [id(layer.self_attn) for layer in encoder.layers]
+        valid = slice(None) if padded is None else ~padding
+        torch.testing.assert_close(actual[valid], expected[valid], rtol=1e-5, atol=1e-5)
+
+
+def test_the_flag_is_what_keeps_torch_from_bypassing(calls):
+    encoder, x = encoder_with("exact", replaced=False, layers=1).eval(), torch.randn(3, 6, E)
+    encoder.layers[0].self_attn._qkv_same_embed_dim = True
+    with torch.no_grad():
+        encoder(x)
+    assert not calls
+
+
+def test_decoder_calls_both_attentions(mechanism, calls):
+    layer = nn.TransformerDecoderLayer(E, 2, 16, dropout=0.0, batch_first=True)
+    layer.self_attn = MultiheadAttention(E, 2, batch_first=True, mechanism=mechanism)
+    layer.multihead_attn = MultiheadAttention(E, 2, batch_first=True, mechanism=mechanism)
+    decoder = nn.TransformerDecoder(layer, 2).eval()
+    target, memory = torch.randn(2, 5, E), torch.randn(2, 7, E)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        decoder(target, memory, causal, memory_key_padding_mask=padding)
+    assert len(calls) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nested_tensor_is_the_padded_one(is_causal, mechanism):
+    module = build(mechanism)
+    rows = [draw(n, E, seed=n).requires_grad_() for n in (5, 2, 3)]
+    nested = torch.nested.as_nested_tensor(rows)
+    output, weights = module(nested, nested, nested, is_causal=is_causal)
+    assert weights.shape == (3, 5, 5)
+    for x, y in zip(rows, output.unbind(), strict=True):
+        torch.testing.assert_close(y, module(x, x, x, is_causal=is_causal)[0])
+    alone = module(rows[1], rows[1], rows[1], is_causal=is_causal)[0].square().sum()
+    grads = [torch.autograd.grad(f, rows[1])[0] for f in (output.unbind()[1].square().sum(), alone)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensor_is_refused_where_it_would_lose_something():
+    nested = torch.nested.nested_tensor([draw(3, E), draw(2, E)])
+    other, padding = nested + 1, torch.zeros(2, 3, dtype=torch.bool)
+    module, last = build(), build(batch_first=False)
+    refused = "MultiheadAttention does not support NestedTensor outside of self-attention without masks: "
+    for call, why in (
+        (lambda: module(nested, nested, other), "query, key, and value are not the same"),
+        (lambda: module(nested.to_padded_tensor(0.0), nested, nested), "query, key, and value are not the same"),
+        (lambda: last(nested, nested, nested), "batch_first was not True"),
+        (lambda: module(nested, nested, nested, padding), "masks were supplied"),
+    ):
+        with pytest.raises(AssertionError, match=re.escape(refused + why)):
+            call()
+
+
+# compile
+
+
+# torch deprecates parts of itself that its tracing uses
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "need_weights"), [("exact", False), ("exact", True), ("linear", False)])
+def test_one_compiled_graph_serves_all_lengths(name, need_weights):
+    module = build(MECHANISMS[name], dtype=torch.float32).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for L in (5, 70):
+            x = draw(2, L, E, dtype=torch.float32, seed=L)
+            # float masks are what torch's encoder passes on
+            padding = torch.zeros(2, L).masked_fill(torch.arange(L) >= torch.tensor([[L], [3]]), -torch.inf)
+            results = [f(x, x, x, padding, need_weights, is_causal=True) for f in (module, compiled)]
+            grads = [gradients(module, *result) for result in results]
+            torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+    if name == "linear":
+        with pytest.raises(RuntimeError, match="values 0 and -inf"):
+            compiled(x, x, x, padding + 1, need_weights, is_causal=True)
