@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def attention_weights(
@@ -54,7 +53,8 @@ def softmax_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """-> output [B, Hq, L, E], weights [B, Hq, L, S] after dropout"""
-    weights = F.dropout(attention_weights(q, k, attn_mask, key_padding_mask, is_causal=is_causal, scale=scale), dropout_p)
+    weights = attention_weights(q, k, attn_mask, key_padding_mask, is_causal=is_causal, scale=scale)
+    weights = torch.dropout(weights, dropout_p, train=True)
     if key_padding_mask is not None:
         v = v.masked_fill(key_padding_mask[:, None, :, None], 0)
     return weights @ v.repeat_interleave(q.shape[1] // k.shape[1], 1), weights
