@@ -516,8 +516,39 @@ class Linear {
     });
   }
 
-  // ---- one token: the state is read once, updated and read out row by row
+  // ---- one token: the state is read once, and updated and read out in registers
 
+  // new = old + k v^T and out = q new for N vectors of columns; `old` may be `state`, and k null where it is up to date
+  template <int N>
+  void step_columns(const T* old, T* state, const T* k, const T* v, const T* q, T* out) const {
+    constexpr int W = width<T>;
+    V<T> total[N] = {}, value[N] = {};
+    for (int n = 0; n < N; ++n)
+      if (k) value[n] = load(v + n * W);
+    for (int64_t m = 0; m < D; ++m) {
+      V<T> qm = broadcast(q[m]), km = broadcast(k ? k[m] : T(0));
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        V<T> row = load(old + m * E + n * W);
+        if (k) store(state + m * E + n * W, row = fma(km, value[n], row));
+        total[n] = fma(qm, row, total[n]);
+      }
+    }
+    for (int n = 0; n < N; ++n) store(out + n * W, total[n]);
+  }
+  void step_head(const T* old, T* state, const T* k, const T* v, const T* q, T* out) const {
+    constexpr int W = width<T>;
+    int64_t e = 0;
+    for (; e + 4 * W <= E; e += 4 * W) step_columns<4>(old + e, state + e, k, v + e, q, out + e);
+    for (; e + W <= E; e += W) step_columns<1>(old + e, state + e, k, v + e, q, out + e);
+    for (; e < E; ++e) {
+      out[e] = 0;
+      for (int64_t m = 0; m < D; ++m) {
+        if (k) state[m * E + e] = old[m * E + e] + k[m] * v[e];
+        out[e] += q[m] * state[m * E + e];
+      }
+    }
+  }
   void step(const LinearForward& y) const {
     for_sequences([&](Scratch<T>& s, int64_t n, int64_t h) {
       load_keys(s, n, h, 0, 1, false);
@@ -525,33 +556,19 @@ class Linear {
       Saved to = saved(y.kv, y.k_sum, n, h), from = to;
       if (x.kv) from = saved(x.kv, x.k_sum, n, h);
       else initial(x.kv, x.k_sum, n, h, to);
-      const T *k = s.k.p, *v = s.v.p;
-      for (int64_t m = 0; m < D; ++m) {
-        const T* old = from.kv + m * E;
-        T* row = to.kv + m * E;
-        V<T> km = broadcast(k[m]);
-        int64_t e = 0;
-        for (; e + width<T> <= E; e += width<T>) store(row + e, fma(km, load(v + e), load(old + e)));
-        for (; e < E; ++e) row[e] = old[e] + k[m] * v[e];
-        to.sum[m] = from.sum[m] + k[m];
-      }
+      for (int64_t m = 0; m < D; ++m) to.sum[m] = from.sum[m] + s.k.p[m];
       for (int64_t head = h * groups; head < (h + 1) * groups; ++head) {
+        bool first = head == h * groups;
         load_queries(n, head, 0, 1, s.q, false);
-        const T* q = s.q.p;
-        T* out = s.out.p;
+        step_head(first ? from.kv : to.kv, to.kv, first ? s.k.p : nullptr, s.v.p, s.q.p, s.out.p);
         T z = 0;
-        std::fill_n(out, padded<T>(E), T(0));
-        for (int64_t m = 0; m < D; ++m) {
-          const T* row = to.kv + m * E;
-          V<T> qm = broadcast(q[m]);
-          int64_t e = 0;
-          for (; e + width<T> <= E; e += width<T>) store(out + e, fma(qm, load(row + e), load(out + e)));
-          for (; e < E; ++e) out[e] += q[m] * row[e];
-          z += q[m] * to.sum[m];
+        for (int64_t m = 0; m < D; ++m) z += s.q.p[m] * to.sum[m];
+        if (x.normalize) {
+          y.normalizer.as<T>()[n * Hq + head] = z;
+          divide(s.out.p, E, z);
+        } else {
+          multiply(s.out.p, E, static_cast<T>(x.scale));
         }
-        if (x.normalize) y.normalizer.as<T>()[n * Hq + head] = z;
-        if (x.normalize) divide(out, E, z);
-        else multiply(out, E, static_cast<T>(x.scale));
         store_rows(s.out, 1, E, y.out, n, head, 0, false);
       }
     });

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -80,3 +81,14 @@ def empty(shape, dtype: torch.dtype) -> Tensor:
     if x.nbytes >= HUGE_PAGE_BYTES and os.environ.get("LONGATTN_HUGE_PAGES", "1") != "0":
         extension().advise_huge_pages(x.data_ptr(), x.nbytes)
     return x
+
+
+_scratch = threading.local()
+
+
+def workspace(size: int) -> Tensor:
+    """This thread's scratch of at least so many bytes; kept, for a decode step would pay more for fresh pages."""
+    held = getattr(_scratch, "held", None)
+    if held is None or held.nbytes < size:
+        held = _scratch.held = torch.empty(size, dtype=torch.uint8)
+    return held

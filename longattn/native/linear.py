@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import empty, extension, view
+from . import empty, extension, view, workspace
 
 FEATURES = {"identity": 0, "elu": 1, "relu": 2}
 
@@ -40,7 +40,7 @@ class _Problem:
         self.tensors = {
             "q": q, "k": k, "v": v, "mask": mask, "cu_seqlens": cu_seqlens,
             "kv": _contiguous(kv), "k_sum": _contiguous(k_sum),
-            "workspace": torch.empty(scratch, dtype=torch.uint8),
+            "workspace": workspace(scratch),
         }  # fmt: skip
         self.options = {
             "feature": FEATURES[feature], "is_causal": is_causal, "normalize": normalize, "scale": scale,
