@@ -167,7 +167,9 @@ BAD = {
     "integers": ((Q.long(), K.long(), V.long()), {}, TypeError, "query must be float32, bfloat16, .* got torch.int64"),
     "bool values": ((Q, K, V > 0), {}, TypeError, "value must be float32, bfloat16, .* got torch.bool"),
     "complex": ((Q, K.to(torch.complex64), V), {}, TypeError, "key must be float32, .* got torch.complex64"),
-    "float8": (tuple(x.to(torch.float8_e5m2) for x in (Q, K, V)), {}, TypeError, "must be float32, .*, got torch.float8_e5m2"),
+    "float8": (
+        tuple(x.to(torch.float8_e5m2) for x in (Q, K, V)), {}, TypeError, "must be float32, .*, got torch.float8_e5m2",
+    ),
     "mixed dtypes": (
         (Q, K.half(), V), {}, TypeError, "share a dtype, got torch.float32, torch.float16 and torch.float32",
     ),

@@ -1,0 +1,91 @@
+"""Run by test_aot.py in a process of its own: the launchers with compiling in place of launching, for a GPU that is not here.
+
+Prints a line for each kernel it compiled, and exits 1 if ptxas spilled registers in any.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+
+import torch
+import triton
+from longattn.kernels import linear
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from longattn.ops.linear import SEGMENT
+
+SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+class Driver:
+    """A driver that knows its target and has no device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+
+def compile_instead(spilled: list[str]) -> None:
+    launch, seen = JITFunction.run, set()
+
+    def run(self, *args, grid, warmup, **options):
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash in seen:
+            return kernel
+        seen.add(kernel.hash)
+        found = SPILLS.search(log.getvalue())
+        if found is None:
+            raise RuntimeError(f"ptxas said nothing of spills in {self.__name__}: {log.getvalue()!r}")
+        spills = int(found[2]) + int(found[3])
+        name = f"{self.__name__} {options.get('KIND', '')} {options.get('DOT', '')}"
+        print(f"{name}: {spills} bytes spilled, {kernel.metadata.shared} bytes shared", flush=True)
+        if spills:
+            spilled.append(name)
+        return kernel
+
+    JITFunction.run = run
+
+
+def forward_and_backward(dtype: torch.dtype, D: int, E: int, is_causal: bool, state: bool) -> None:
+    B, H, L, groups = 1, 2, 300, 2
+    q, k, v = (torch.zeros(B, h, L, d, dtype=dtype) for h, d in ((H * groups, D), (H, D), (H, E)))
+    mask = torch.zeros(B, L, dtype=torch.bool) if state else None
+    kv, k_sum = (torch.zeros(B, H, D, E), torch.zeros(B, H, D)) if state else (None, None)
+    # segments shorter than the sequence, so that totals and scan run too
+    assert min(SEGMENT.values()) > 64
+    options = {"feature": "elu", "is_causal": is_causal, "normalize": True, "scale": 1.0, "segment": 64}
+    tensors = (q, k, v, mask, None, kv, k_sum)
+    out, z, *segments, new_kv, new_k_sum = linear.forward(*tensors, save_segments=True, **options)
+    linear.backward(out, new_kv, new_k_sum, *tensors, out, z, *segments, **options)
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
+    knobs.nvidia.dump_ptxas_log = True
+    spilled: list[str] = []
+    compile_instead(spilled)
+    for case in sys.argv[2:]:
+        name, D, E, causal, state = case.split(",")
+        print(f"-- {case}", flush=True)
+        forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", state == "state")
+    if spilled:
+        sys.exit(f"registers spilled in {', '.join(spilled)}")

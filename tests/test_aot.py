@@ -1,0 +1,44 @@
+"""Ahead-of-time compiles, for GPUs that need not be here: a kernel that does not compile, or spills registers, cannot land."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CASES = {
+    80: ("bfloat16,64,64,causal,plain", "float16,64,64,causal,plain", "float32,64,64,causal,plain"),
+    90: (
+        "bfloat16,64,64,causal,plain",
+        "bfloat16,128,128,causal,plain",
+        "bfloat16,64,64,whole,plain",
+        "float32,64,64,causal,state",
+    ),
+    100: ("bfloat16,64,64,causal,plain", "float32,64,64,causal,plain"),
+}
+
+
+@pytest.mark.parametrize("capability", CASES)
+def test_triton_kernels_compile_without_spills(capability):
+    pytest.importorskip("triton")
+    script = ROOT / "tests" / "compile_triton.py"
+    command = [sys.executable, str(script), str(capability), *CASES[capability]]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("product_kernel") >= 4 * len(CASES[capability]) - 4
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_cuda_kernels_compile_without_spills(source, arch, tmp_path):
+    command = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
+    command += ["-Werror=all-warnings", "-o", str(tmp_path / "out.cubin"), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    assert spills, f"ptxas said nothing of spills: {run.stderr}"
+    assert all(stores == loads == "0" for stores, loads in spills), run.stderr
