@@ -1,4 +1,4 @@
-"""Run by test_aot.py in a process of its own: the launchers with compiling in place of launching, for a GPU that is not here.
+"""Run by test_aot.py in a process of its own: the launchers, compiling where they would launch, for an absent GPU.
 
 Prints a line for each kernel it compiled, and exits 1 if ptxas spilled registers in any.
 """

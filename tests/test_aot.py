@@ -1,4 +1,4 @@
-"""Ahead-of-time compiles, for GPUs that need not be here: a kernel that does not compile, or spills registers, cannot land."""
+"""Ahead-of-time compiles for absent GPUs: a kernel that does not compile, or spills registers, cannot land."""
 
 import re
 import shutil

@@ -1,5 +1,5 @@
-"""Triton kernels in its interpreter, against the float64 reference. The decorator reads TRITON_INTERPRET when a kernel is
-defined, and the other tests want it unset: each dtype runs in a process of its own.
+"""Triton kernels in its interpreter, against the float64 reference. The decorator reads TRITON_INTERPRET when a kernel
+is defined, and the other tests want it unset: each dtype runs in a process of its own.
 """
 
 import os
