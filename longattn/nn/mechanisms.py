@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ..features import FUSED, FeatureMap
 from ..ops import _check
-from ..ops._dispatch import IMPLS
-from ..ops.linear import _without_autocast, linear_attention
+from ..ops._dispatch import IMPLS, without_autocast
+from ..ops.linear import linear_attention
 from ..ops.softmax import softmax_attention, softmax_attention_with_weights
 
 
@@ -135,7 +135,7 @@ class Linear(Mechanism):
             phi_q, phi_k = FUSED[self.feature_map](q.to(acc)), FUSED[self.feature_map](k.to(acc))
         if key_padding_mask is not None:
             phi_k = phi_k.masked_fill(key_padding_mask[:, None, :, None], 0)
-        with _without_autocast(q.device.type):
+        with without_autocast(q.device.type):
             w = phi_q @ phi_k.mT  # [B, H, L, S]
         if is_causal:
             w = w.tril()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -125,3 +126,9 @@ def explain(op: Callable, *args, **kwargs) -> Explanation:
         known = ", ".join(sorted(f.__name__ for f in _plans))
         raise TypeError(f"explain: expected one of {known}, got {op!r}")
     return _plans[op](*args, **kwargs)
+
+
+def without_autocast(device: str):
+    """A context in which sums keep the dtype they are given."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -309,14 +308,9 @@ def _run_reference(call: _Call) -> LinearAttentionOutput:
         k, v = (x.masked_fill(mask[:, None, :, None], 0) for x in (k, v))
     tensors = (q.to(acc), k.to(acc), v.to(acc), mask, cu_seqlens, kv, k_sum)
     # the inputs have autocast's dtype already; the sums keep theirs
-    with _without_autocast(q.device.type):
+    with _dispatch.without_autocast(q.device.type):
         output, kv, k_sum = reference.linear_attention(*tensors, **names)
     return LinearAttentionOutput(output.to(q.dtype), LinearState(kv.contiguous(), k_sum.contiguous()))
-
-
-def _without_autocast(device: str):
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def _run_aligned(call: _Call) -> LinearAttentionOutput:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from ..reference import softmax as reference
 from . import _check, _dispatch
-from .linear import _without_autocast
 
 
 class SoftmaxAttentionOutput(NamedTuple):
@@ -136,7 +135,7 @@ def _merge(mask: Tensor | None, padding: Tensor, L: int, is_causal: bool) -> Ten
 def _run_reference(call: _Call) -> SoftmaxAttentionOutput:
     q, k, v, mask, padding, dropout_p, is_causal, scale, *_ = call
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with _without_autocast(q.device.type):
+    with _dispatch.without_autocast(q.device.type):
         output, weights = reference.softmax_attention(
             q.to(acc), k.to(acc), v.to(acc), mask, padding, dropout_p=dropout_p, is_causal=is_causal, scale=scale
         )
