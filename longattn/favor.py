@@ -12,8 +12,8 @@ from .ops import _check
 from .ops._dispatch import without_autocast
 
 SCALINGS = ("random", "regularized")
-# odd, so that (seed, step) pairs of ordinary size never meet
-STRIDE = 0x9E3779B97F4A7C15
+# odd, so that no two steps of a seed meet, nor two seeds that differ in one half alone
+STRIDE, FOLD = 0x7F4A7C15, 0x9E3779B1
 
 
 def draw_projection(
@@ -25,7 +25,9 @@ def draw_projection(
     scaling: "random" gives row norms chi(head_dim) as of normal rows, "regularized" sqrt(head_dim).
     Choromanski et al. 2021, section 2.4.
     """
-    generator = torch.Generator().manual_seed((seed + step * STRIDE) % 2**63)
+    # torch's generator reads the lower half of its seed only
+    seed = seed % 2**32 + (seed >> 32) % 2**32 * FOLD
+    generator = torch.Generator().manual_seed((seed + step * STRIDE) % 2**32)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -49,9 +51,10 @@ def draw_projection(
 class Favor(nn.Module):
     """Random features whose dot products estimate exp(q.k / temperature): softmax attention in linear time.
 
-    Choromanski et al. 2021 (arXiv 2009.14794). Give it to `linear_attention(feature_map=...)`, to `longattn.Linear(...)`
-    or as `mechanism=` of `longattn.nn.MultiheadAttention`; the kernels then compute projection, exponential, products and
-    normaliser in one pass and never store features. Calling it returns the features, for study.
+    Choromanski et al. 2021 (arXiv 2009.14794). Give it to `linear_attention(feature_map=...)`, to
+    `longattn.Linear(...)` or as `mechanism=` of `longattn.nn.MultiheadAttention`; the kernels then compute projection,
+    exponential, products and normaliser in one pass and never store features. Calling it returns the features, for
+    study.
 
     head_dim: D, width of queries and keys.
     n_features: M. Even for "hyperbolic" and "trig", which take two features from each projection.
@@ -62,9 +65,9 @@ class Favor(nn.Module):
     temperature: of the kernel; default sqrt(head_dim), 1 with normalize="l2".
     seed: projections are a function of (seed, step of the last redraw): equal on every device and rank.
     learn_temperature: makes the logarithm of the temperature a parameter.
-    center_keys: subtract a mean from the keys, which leaves the softmax as it is and lowers the error for keys far from 0.
-        The mean is the one stored by `calibrate`; without one, that of the call's unpadded keys, which a causal call may
-        not look at: it raises.
+    center_keys: subtract a mean from the keys, which leaves the softmax as it is and lowers the error for keys far
+        from 0. The mean is the one stored by `calibrate`; without one, that of the call's unpadded keys, which a causal
+        call may not look at: it raises.
     exact_diagonal: causal calls use exp(q.k / temperature) itself inside chunks of 64 tokens, features beyond.
 
     Raises ValueError or TypeError in a sentence.
@@ -93,13 +96,16 @@ class Favor(nn.Module):
         for name, x in (("head_dim", head_dim), ("n_features", n_features)):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
                 _check.fail("Favor", f"{name} must be a positive integer, got {x!r}")
-        for name, x, known in (("kind", kind, FAVOR_KINDS), ("scaling", scaling, SCALINGS), ("normalize", normalize, (None, "l2"))):
+        choices = (("kind", kind, FAVOR_KINDS), ("scaling", scaling, SCALINGS), ("normalize", normalize, (None, "l2")))
+        for name, x, known in choices:
             if x not in known:
                 _check.fail("Favor", f"{name} must be one of {', '.join(map(repr, known))}, got {x!r}")
         if kind in FAVOR_PAIRED and n_features % 2:
-            _check.fail("Favor", f"kind={kind!r} takes two features from each projection: n_features must be even, got {n_features}")
+            why = f"kind={kind!r} takes two features from each projection"
+            _check.fail("Favor", f"{why}: n_features must be even, got {n_features}")
         if exact_diagonal and kind == "relu":
-            _check.fail("Favor", "exact_diagonal mixes the softmax kernel with its estimate, and kind='relu' estimates another")
+            why = "exact_diagonal mixes the softmax kernel with its estimate"
+            _check.fail("Favor", f"{why}, and kind='relu' estimates another")
         if not isinstance(seed, int):
             _check.fail("Favor", f"seed must be an integer, got {seed!r}", TypeError)
         if temperature is None:
@@ -140,13 +146,21 @@ class Favor(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, key: Tensor, key_padding_mask: Tensor | None = None) -> None:
-        """Stores the mean of the keys `[B, H, S, D]` that are not padded (bool `[B, S]`), for each head. A causal decoder
-        measures it once on representative data; it stays as it is in training and is saved with the module."""
+        """Stores the mean of the keys `[B, H, S, D]` that are not padded (bool `[B, S]`), for each head.
+
+        A causal decoder measures it once on representative data; it stays as it is in training and is saved with the
+        module.
+        """
         self._check_rows("key", key)
-        self.key_mean = self._mean(key, key_padding_mask).mean(0)
+        _check.padding_mask("Favor.calibrate", key_padding_mask, key)
+        if key.shape[0] * key.shape[2] == 0 or (key_padding_mask is not None and key_padding_mask.all()):
+            _check.fail("Favor.calibrate", f"there must be a key that is not padded, got {_check.describe(key)}")
+        # one row of the whole batch, so that every key weighs the same
+        row = key.transpose(0, 1).flatten(1, 2)[None]
+        self.key_mean = self._mean(row, None if key_padding_mask is None else key_padding_mask.flatten()[None])[0]
 
     def _mean(self, key: Tensor, mask: Tensor | None) -> Tensor:
-        """-> `[B or 1, H, D]` of the rows as the kernel sees them, before the temperature"""
+        """-> `[B, H, D]` of the rows as the kernel sees them, before the temperature"""
         acc = torch.float64 if key.dtype == torch.float64 else torch.float32
         rows = favor_rows(key.to(acc), 1.0, self.normalize == "l2")
         if mask is None:
@@ -159,14 +173,18 @@ class Favor(nn.Module):
             _check.fail("Favor", f"{name} must be [batch, heads, length, {self.head_dim}], got {_check.describe(x)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features `[..., D] -> [..., M]`, float32 (float64 for float64): E[phi(q).phi(k)] = exp(q.k / temperature),
-        with q and k of unit length with normalize="l2". Nothing is subtracted, so large inputs overflow here."""
+        """The features `[..., D] -> [..., M]`, float32 (float64 for float64).
+
+        E[phi(q).phi(k)] = exp(q.k / temperature), with q and k of unit length with normalize="l2". Nothing is
+        subtracted, so large inputs overflow here.
+        """
         if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != self.head_dim:
             _check.fail("Favor", f"x must be [..., {self.head_dim}], got {_check.describe(x)}")
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         with without_autocast(x.device.type):
             projection = self.projection.to(acc)
-            phi, a = favor_features(favor_rows(x.to(acc), self.root.to(acc), self.normalize == "l2"), projection, self.kind)
+            rows = favor_rows(x.to(acc), self.root.to(acc), self.normalize == "l2")
+            phi, a = favor_features(rows, projection, self.kind)
             return phi * (torch.exp(a) * favor_norm(projection, self.kind) ** -0.5)[..., None]
 
     def fidelity(self, query: Tensor, key: Tensor, **masks):
@@ -178,9 +196,9 @@ class Favor(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # the mean is there only after `calibrate`, here or where the file was written
         mean = state_dict.get(prefix + "key_mean")
-        if mean is not None and self.key_mean is None:
+        if mean is not None and (self.key_mean is None or self.key_mean.shape != mean.shape):
             self.key_mean = torch.empty_like(mean, device=self.projection.device)
-        elif mean is None:
+        elif mean is None and prefix + "projection" in state_dict:
             self.key_mean = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
