@@ -38,6 +38,10 @@ struct Views {
     py::object x = fields.attr("get")(name);
     return view(x);
   }
+  StateSlots slots(const std::string& prefix) const {
+    return {(*this)((prefix + "_kv").c_str()), (*this)((prefix + "_k_sum").c_str()),
+            (*this)((prefix + "_log_scale").c_str())};
+  }
 };
 
 LinearProblem linear_problem(const py::dict& fields) {
@@ -45,6 +49,12 @@ LinearProblem linear_problem(const py::dict& fields) {
   LinearProblem x;
   x.q = get("q"), x.k = get("k"), x.v = get("v"), x.mask = get("mask"), x.cu_seqlens = get("cu_seqlens");
   x.kv = get("kv"), x.k_sum = get("k_sum"), x.workspace = get("workspace");
+  x.log_scale = get("log_scale");
+  x.favor.projection = get("projection"), x.favor.mean = get("mean");
+  if (x.favor.projection) {
+    x.favor.kind = fields["kind"].cast<int>(), x.favor.root = fields["root"].cast<double>();
+    x.favor.l2 = fields["l2"].cast<bool>(), x.favor.exact_diagonal = fields["exact_diagonal"].cast<bool>();
+  }
   x.feature = fields["feature"].cast<int>(), x.is_causal = fields["is_causal"].cast<bool>();
   x.normalize = fields["normalize"].cast<bool>(), x.scale = fields["scale"].cast<double>();
   x.segment = fields["segment"].cast<int64_t>(), x.split = fields["split"].cast<bool>();
@@ -56,12 +66,12 @@ void linear_forward(const py::dict& problem, const py::dict& results) {
   LinearProblem x = linear_problem(problem);
   Views get{results};
   LinearForward y;
-  y.out = get("out"), y.normalizer = get("normalizer"), y.kv = get("kv"), y.k_sum = get("k_sum");
-  y.segment_kv = get("segment_kv"), y.segment_k_sum = get("segment_k_sum");
-  y.partial_kv = get("partial_kv"), y.partial_k_sum = get("partial_k_sum");
+  y.out = get("out"), y.normalizer = get("normalizer"), y.row_scale = get("row_scale");
+  y.kv = get("kv"), y.k_sum = get("k_sum"), y.log_scale = get("log_scale");
+  y.segment = get.slots("segment"), y.partial = get.slots("partial");
   const Kernels& kernels = active_kernels();
   py::gil_scoped_release release;
-  kernels.linear_forward(x, y);
+  (x.favor.projection ? kernels.favor_forward : kernels.linear_forward)(x, y);
 }
 
 void linear_backward(const py::dict& problem, const py::dict& results) {
@@ -69,13 +79,13 @@ void linear_backward(const py::dict& problem, const py::dict& results) {
   Views get{results};
   LinearBackward y;
   y.grad_out = get("grad_out"), y.grad_kv = get("grad_kv"), y.grad_k_sum = get("grad_k_sum");
-  y.out = get("out"), y.normalizer = get("normalizer");
-  y.segment_kv = get("segment_kv"), y.segment_k_sum = get("segment_k_sum");
-  y.partial_kv = get("partial_kv"), y.partial_k_sum = get("partial_k_sum");
+  y.out = get("out"), y.normalizer = get("normalizer"), y.row_scale = get("row_scale");
+  y.segment = get.slots("segment"), y.partial = get.slots("partial"), y.final_log_scale = get("final_log_scale");
   y.dq = get("dq"), y.dk = get("dk"), y.dv = get("dv"), y.dkv = get("dkv"), y.dk_sum = get("dk_sum");
+  y.dkv_scale = get("dkv_scale"), y.root_q = get("root_q"), y.root_k = get("root_k");
   const Kernels& kernels = active_kernels();
   py::gil_scoped_release release;
-  kernels.linear_backward(x, y);
+  (x.favor.projection ? kernels.favor_backward : kernels.linear_backward)(x, y);
 }
 
 #if defined(LONGATTN_WITH_CUDA)
@@ -136,7 +146,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_built", [] { return false; });
 #endif
   m.def("advise_huge_pages", advise_huge_pages);
-  m.def("linear_workspace", [](int64_t D, int64_t E, bool f64) { return active_kernels().linear_workspace(D, E, f64); });
+  m.def("linear_workspace", [](int64_t D, int64_t E, int64_t M, int64_t P, bool f64, int threads) {
+    return active_kernels().linear_workspace(D, E, M, P, f64, threads);
+  });
   m.def("linear_forward", linear_forward);
   m.def("linear_backward", linear_backward);
 }

@@ -157,9 +157,9 @@ class Favor(nn.Module):
             _check.fail("Favor.calibrate", f"there must be a key that is not padded, got {_check.describe(key)}")
         # one row of the whole batch, so that every key weighs the same
         row = key.transpose(0, 1).flatten(1, 2)[None]
-        self.key_mean = self._mean(row, None if key_padding_mask is None else key_padding_mask.flatten()[None])[0]
+        self.key_mean = self.mean(row, None if key_padding_mask is None else key_padding_mask.flatten()[None])[0]
 
-    def _mean(self, key: Tensor, mask: Tensor | None) -> Tensor:
+    def mean(self, key: Tensor, mask: Tensor | None) -> Tensor:
         """-> `[B, H, D]` of the rows as the kernel sees them, before the temperature"""
         acc = torch.float64 if key.dtype == torch.float64 else torch.float32
         rows = favor_rows(key.to(acc), 1.0, self.normalize == "l2")
@@ -192,6 +192,14 @@ class Favor(nn.Module):
         from .fidelity import fidelity
 
         return fidelity(self, query, key, **masks)
+
+    def _apply(self, fn, recurse=True):
+        # a model in half precision keeps them: the kernels compute with float32, whatever the inputs are
+        def kept(x: Tensor) -> Tensor:
+            y = fn(x)
+            return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
+
+        return super()._apply(kept, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # the mean is there only after `calibrate`, here or where the file was written

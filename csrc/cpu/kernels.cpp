@@ -9,7 +9,10 @@ namespace longattn::LONGATTN_ISA {
 
 void linear_forward(const LinearProblem&, const LinearForward&);
 void linear_backward(const LinearProblem&, const LinearBackward&);
-int64_t linear_workspace(int64_t head_dim, int64_t value_dim, bool float64);
+void favor_forward(const LinearProblem&, const LinearForward&);
+void favor_backward(const LinearProblem&, const LinearBackward&);
+int64_t linear_workspace(int64_t head_dim, int64_t value_dim, int64_t features, int64_t projections, bool float64,
+                         int threads);
 
 // GFLOP/s of one core in float32 tiles on a 64 x 64 x 64 product that stays in the first cache
 static double peak_gflops(int64_t repeats) {
@@ -26,7 +29,7 @@ static double peak_gflops(int64_t repeats) {
 #define LONGATTN_TEXT(x) #x
 #define LONGATTN_NAME(x) LONGATTN_TEXT(x)
 extern const Kernels kernels = {
-    LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, linear_workspace, peak_gflops,
+    LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, favor_forward, favor_backward, linear_workspace, peak_gflops,
 };
 
 }  // namespace longattn::LONGATTN_ISA

@@ -16,6 +16,12 @@ constexpr int tile_rows = 6, tile_vectors = 2;
 constexpr int tile_rows = 4, tile_vectors = 2;
 #endif
 
+// two sums in units of their own: every merge of states goes through here, so that all give the same bits
+template <class T>
+inline V<T> merge(V<T> a, T a_share, V<T> b, T b_share) {
+  return fma(broadcast(a_share), a, broadcast(b_share) * b);
+}
+
 template <class T, int R, int N>
 struct Tile {
   V<T> acc[R][N];
@@ -43,6 +49,29 @@ struct Tile {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) store(p + r * ld + n * width<T>, acc[r][n]);
+  }
+  // acc += factor * what is there
+  void add_multiple(const T* p, int64_t ld, T factor) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[r][n] = fma(broadcast(factor), load(p + r * ld + n * width<T>), acc[r][n]);
+  }
+  void scale_rows(const T* factor) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[r][n] *= broadcast(factor[r]);
+  }
+  // to = from_share * from + own_share * acc
+  void store_merged(const T* from, T from_share, T own_share, T* to, int64_t ld) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        int64_t at = r * ld + n * width<T>;
+        store(to + at, merge<T>(load(from + at), from_share, acc[r][n], own_share));
+      }
   }
   // to = from + acc
   void store_sum(const T* from, T* to, int64_t ld) const {

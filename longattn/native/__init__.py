@@ -71,6 +71,10 @@ def view(x: Tensor | None):
     return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.shape, x.stride())
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 # below this the allocator keeps freed memory, whose pages are there already
 HUGE_PAGE_BYTES = 8 << 20
 

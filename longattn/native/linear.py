@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import empty, extension, view, workspace
+from . import contiguous, empty, extension, view, workspace
 
 FEATURES = {"identity": 0, "elu": 1, "relu": 2}
 
@@ -14,19 +14,22 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _slots(length: int, packed: int | None, segment: int) -> int:
+def slots_of(length: int, packed: int | None, segment: int) -> int:
     return (length + segment - 1) // segment if packed is None else length // segment + packed
 
 
-class _Problem:
+class Problem:
     """Sizes, scratch and the description of one call that forward and backward share."""
+
+    # with a projection, which makes features of its own number
+    features = projections = 0
 
     def __init__(self, q, k, v, mask, cu_seqlens, kv, k_sum, *, feature, is_causal, normalize, scale, segment):
         self.batch, self.heads, self.length = q.shape[0], k.shape[1], q.shape[2]
-        self.state_shape = (k.shape[3], v.shape[3])
+        self.state_shape = (self.features or k.shape[3], v.shape[3])
         self.packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.sequences = self.batch if self.packed is None else self.packed
-        self.slots = _slots(self.length, self.packed, segment) if is_causal else self.packed or 1
+        self.slots = slots_of(self.length, self.packed, segment) if is_causal else self.packed or 1
         self.acc = _accumulator(q.dtype)
         self.keys = k.shape[2]
         self.segment = segment
@@ -34,12 +37,12 @@ class _Problem:
         self.threads = torch.get_num_threads()
         longest = max(self.length, self.keys)
         self.split = self.sequences * self.heads < 2 * self.threads > 2 and longest > segment
-        D, E = self.state_shape
-        scratch = extension().linear_workspace(D, E, q.dtype == torch.float64) * self.threads
+        sizes = k.shape[3], v.shape[3], self.state_shape[0], self.projections
+        scratch = extension().linear_workspace(*sizes, q.dtype == torch.float64, self.threads)
         # held until the kernel returns: views carry bare pointers
         self.tensors = {
             "q": q, "k": k, "v": v, "mask": mask, "cu_seqlens": cu_seqlens,
-            "kv": _contiguous(kv), "k_sum": _contiguous(k_sum),
+            "kv": contiguous(kv), "k_sum": contiguous(k_sum),
             "workspace": workspace(scratch),
         }  # fmt: skip
         self.options = {
@@ -58,20 +61,16 @@ class _Problem:
         entry({**views, **self.options}, {name: view(x) for name, x in tensors.items() if x is not None})
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def forward(q, k, v, mask, cu_seqlens, kv, k_sum, *, save_segments: bool, **options):
     """-> out, normalizer, segment_kv, segment_k_sum, kv, k_sum"""
-    problem = _Problem(q, k, v, mask, cu_seqlens, kv, k_sum, **options)
+    problem = Problem(q, k, v, mask, cu_seqlens, kv, k_sum, **options)
     out = empty((*q.shape[:3], v.shape[3]), q.dtype)
     normalizer = torch.empty(q.shape[:3] if options["normalize"] else 0, dtype=problem.acc)
     is_causal, nothing = options["is_causal"], (None, None)
     segments = problem.state(problem.slots) if save_segments or (problem.split and is_causal) else nothing
     partial = nothing
     if problem.split and not is_causal:
-        partial = problem.state(_slots(problem.keys, problem.packed, problem.segment))
+        partial = problem.state(slots_of(problem.keys, problem.packed, problem.segment))
     final = problem.state()
     names = "out", "normalizer", "segment_kv", "segment_k_sum", "partial_kv", "partial_k_sum", "kv", "k_sum"
     results = dict(zip(names, (out, normalizer, *segments, *partial, *final), strict=True))
@@ -85,16 +84,16 @@ def backward(
     **options,
 ):  # fmt: skip
     """-> dq, dk, dv, dkv, dk_sum (the last two empty where no state came in)"""
-    problem = _Problem(q, k, v, mask, cu_seqlens, kv, k_sum, **options)
+    problem = Problem(q, k, v, mask, cu_seqlens, kv, k_sum, **options)
     dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     partial = (None, None)
     if problem.split:
-        partial = problem.state(_slots(problem.length, problem.packed, problem.segment))
+        partial = problem.state(slots_of(problem.length, problem.packed, problem.segment))
     initial = problem.state()
     saved = (out, normalizer, segment_kv, segment_k_sum, *partial)
     names = "out", "normalizer", "segment_kv", "segment_k_sum", "partial_kv", "partial_k_sum"
     gradients = {"dq": dq, "dk": dk, "dv": dv, "dkv": initial[0], "dk_sum": initial[1]}
-    incoming = {"grad_out": grad_out, "grad_kv": _contiguous(grad_kv), "grad_k_sum": _contiguous(grad_k_sum)}
+    incoming = {"grad_out": grad_out, "grad_kv": contiguous(grad_kv), "grad_k_sum": contiguous(grad_k_sum)}
     problem.run(extension().linear_backward, {**dict(zip(names, saved, strict=True)), **gradients, **incoming})
     if kv is None:
         initial = tuple(x.new_empty(0) for x in initial)

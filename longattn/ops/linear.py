@@ -9,24 +9,20 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..favor import Favor
 from ..features import FUSED, FeatureMap
 from ..native import linear as native_linear
 from ..native import linear_cuda as native_cuda
 from ..reference import linear as reference
-from ..state import LinearState
-from . import _check, _dispatch
-
-# tokens between two saved states: few enough to split long sequences over cores, many enough that the states
-# are a small share of the inputs
-SEGMENT = {"small": 1024, "large": 4096}
-LARGE_STATE = 64 * 128
-
+from ..state import FavorState, LinearState
+from . import _check, _dispatch, favor
+from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
 
 class LinearAttentionOutput(NamedTuple):
     """output `[B, Hq, L, E]` in the inputs' dtype, and the state after the last key."""
 
     output: Tensor
-    state: LinearState
+    state: LinearState | FavorState
 
 
 class Options(NamedTuple):
@@ -49,11 +45,6 @@ def engine(impl: str):
     return {"cpu": native_linear, "cuda": native_cuda}[impl]
 
 
-def hooks(impl: str, x: Tensor) -> dict:
-    """What Triton's launchers take from the compiled extension where it has CUDA."""
-    return {"scan": native_cuda.scan} if impl == "triton" and x.is_cuda and native.missing_cuda() is None else {}
-
-
 # schema and fakes
 
 _OPTIONS = "str feature, bool is_causal, bool normalize, float scale, int segment, str impl"
@@ -67,22 +58,6 @@ torch.library.define(
     f"(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, {_INPUTS}, Tensor out, Tensor normalizer, "
     f"Tensor segment_kv, Tensor segment_k_sum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def slots(q: Tensor, cu_seqlens: Tensor | None, is_causal: bool, segment: int) -> int:
-    """How many segment states one (batch, head) saves."""
-    packed = 1 if cu_seqlens is None else sequences(q, cu_seqlens)
-    if not is_causal:
-        return packed
-    return (q.shape[2] + segment - 1) // segment if cu_seqlens is None else q.shape[2] // segment + packed
 
 
 @torch.library.register_fake("longattn::_linear_forward")
@@ -229,11 +204,12 @@ def _map_features(op: str, feature_map: FeatureMap, q: Tensor, k: Tensor, v: Ten
 
 def _prepare(
     op: str,
+    keeps_state: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    state: LinearState | None = None,
+    state: LinearState | FavorState | None = None,
     feature_map: FeatureMap = "elu",
     is_causal: bool = False,
     key_padding_mask: Tensor | None = None,
@@ -242,7 +218,7 @@ def _prepare(
     normalize: bool = True,
     enable_gqa: bool = False,
     impl: str = "auto",
-) -> _Call:
+) -> _Call | favor.Call:
     _check.attention_inputs(op, q, k, v, enable_gqa)
     _check.padding_mask(op, key_padding_mask, k)
     _check.packed_sequences(op, cu_seqlens, q, k)
@@ -256,12 +232,27 @@ def _prepare(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if isinstance(feature_map, Favor):
+        return favor.prepare(
+            op,
+            q,
+            k,
+            v,
+            state=state,
+            favor=feature_map,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            normalize=normalize,
+            impl=impl,
+            keeps_state=keeps_state,
+        )
     q, k, v, feature = _map_features(op, feature_map, q, k, v, key_padding_mask)
     if state is not None:
         _check_state(op, state, sequences(q, cu_seqlens), k, v)
     reasons = {name: _refuses(name, q, k, v, cu_seqlens, is_causal, state) for name in _dispatch.IMPLS}
     chosen = _dispatch.choose(op, impl, reasons)
-    segment = SEGMENT["large" if q.shape[3] * v.shape[3] > LARGE_STATE else "small"]
+    segment = segment_of(q.shape[3], v.shape[3])
     options = Options(feature, is_causal, normalize, 1.0 if scale is None else float(scale), segment, chosen)
     return _Call(q, k, v, key_padding_mask, cu_seqlens, state, options, _dispatch.Explanation(op, chosen, reasons))
 
@@ -281,14 +272,16 @@ def _refuses(impl, q, k, v, cu_seqlens, is_causal, state) -> str | None:
     return engine(impl).refuses(q, k, v)
 
 
-def _run(call: _Call) -> LinearAttentionOutput:
+def _run(call: _Call | favor.Call) -> LinearAttentionOutput:
+    if isinstance(call, favor.Call):
+        return LinearAttentionOutput(*favor.run(call))
     q, k, v, mask, cu_seqlens, state, options, _ = call
     kv, k_sum = (None, None) if state is None else state
     if options.impl == "reference":
         return _run_reference(call)
     L, S = q.shape[2], k.shape[2]
     if options.is_causal and L != S:
-        return _run_aligned(call)
+        return LinearAttentionOutput(*aligned(call, _run))
     tensors = (q, k, v, mask, cu_seqlens, kv, k_sum)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
         output, _, _, _, kv, k_sum = _LinearAttention.apply(*tensors, options)
@@ -300,7 +293,7 @@ def _run(call: _Call) -> LinearAttentionOutput:
 def _run_reference(call: _Call) -> LinearAttentionOutput:
     q, k, v, mask, cu_seqlens, state, options, _ = call
     if options.is_causal and q.shape[2] != k.shape[2]:
-        return _run_aligned(call)
+        return LinearAttentionOutput(*aligned(call, _run))
     acc, (kv, k_sum) = accumulator(q.dtype), (None, None) if state is None else state
     names = {name: getattr(options, name) for name in ("feature", "is_causal", "normalize", "scale")}
     if mask is not None:
@@ -311,19 +304,6 @@ def _run_reference(call: _Call) -> LinearAttentionOutput:
     with _dispatch.without_autocast(q.device.type):
         output, kv, k_sum = reference.linear_attention(*tensors, **names)
     return LinearAttentionOutput(output.to(q.dtype), LinearState(kv.contiguous(), k_sum.contiguous()))
-
-
-def _run_aligned(call: _Call) -> LinearAttentionOutput:
-    """Causal with a state and L != S: the last query meets the last key, so one part sees only the state."""
-    q, k, v, mask = call.q, call.k, call.v, call.mask
-    L, S = q.shape[2], k.shape[2]
-    old = max(S - L, 0)
-    early = max(L - S, 0)
-    first_mask, last_mask = (None, None) if mask is None else (mask[:, :old], mask[:, old:])
-    whole = call.options._replace(is_causal=False)
-    first = _run(call._replace(q=q[:, :, :early], k=k[:, :, :old], v=v[:, :, :old], mask=first_mask, options=whole))
-    last = _run(call._replace(q=q[:, :, early:], k=k[:, :, old:], v=v[:, :, old:], mask=last_mask, state=first.state))
-    return LinearAttentionOutput(torch.cat([first.output, last.output], 2), last.state)
 
 
 def linear_attention(
@@ -367,6 +347,7 @@ def linear_attention(
     return _run(
         _prepare(
             "linear_attention",
+            False,
             query,
             key,
             value,
@@ -387,7 +368,7 @@ def linear_attention_with_state(
     key: Tensor,
     value: Tensor,
     *,
-    state: LinearState | None = None,
+    state: LinearState | FavorState | None = None,
     feature_map: FeatureMap = "elu",
     is_causal: bool = False,
     key_padding_mask: Tensor | None = None,
@@ -408,6 +389,7 @@ def linear_attention_with_state(
     return _run(
         _prepare(
             "linear_attention_with_state",
+            True,
             query,
             key,
             value,
@@ -424,5 +406,9 @@ def linear_attention_with_state(
     )
 
 
-for _op in (linear_attention, linear_attention_with_state):
-    _dispatch.plan(_op, lambda *args, _name=_op.__name__, **kwargs: _prepare(_name, *args, **kwargs).explanation)
+def _plan(op, keeps_state: bool) -> None:
+    _dispatch.plan(op, lambda *args, **kwargs: _prepare(op.__name__, keeps_state, *args, **kwargs).explanation)
+
+
+_plan(linear_attention, False)
+_plan(linear_attention_with_state, True)

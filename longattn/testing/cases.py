@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..features import FUSED
-from ..ops import linear
+from ..ops import _prefix
 from ..state import LinearState
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -170,7 +170,7 @@ def _draw_mask(kind: str, B: int, S: int, generator: torch.Generator) -> Tensor:
 def build(case: LinearCase, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> LinearInputs:
     """Inputs of `case`. Padded keys and values hold NaN and infinities; an incoming state is that of seven tokens."""
     g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
-    acc = linear.accumulator(dtype)
+    acc = _prefix.accumulator(dtype)
     S = case.L if case.S is None else case.S
     B, H, Hq, L, D, E = case.B, case.H, case.H * case.groups, case.L, case.D, case.E
 
@@ -218,13 +218,13 @@ def build(case: LinearCase, dtype: torch.dtype = torch.float32, device: str = "c
 @contextmanager
 def segments_of(tokens: int | None):
     """Inside the block a state is saved every `tokens` tokens (a multiple of 64): many segments in short inputs."""
-    before = dict(linear.SEGMENT)
+    before = dict(_prefix.SEGMENT)
     if tokens is not None:
-        linear.SEGMENT.update(dict.fromkeys(before, tokens))
+        _prefix.SEGMENT.update(dict.fromkeys(before, tokens))
     try:
         yield
     finally:
-        linear.SEGMENT.update(before)
+        _prefix.SEGMENT.update(before)
 
 
 def draw(*shapes, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:

@@ -1,0 +1,365 @@
+"""Linear attention with FAVOR+ features: schema, autograd, states. The mathematics is in reference/favor.py; the public
+door is `longattn.linear_attention(feature_map=longattn.Favor(...))`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..favor import Favor
+from ..features import favor_features, favor_norm, favor_rows, unit_rows
+from ..native import favor as native_favor
+from ..reference import favor as reference
+from ..state import FavorState
+from . import _check, _dispatch
+from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
+
+
+class Options(NamedTuple):
+    """What an engine must know beside the tensors."""
+
+    kind: str
+    l2: bool
+    is_causal: bool
+    exact_diagonal: bool
+    segment: int
+    impl: str
+
+
+def engine(impl: str):
+    """The module whose `forward` and `backward` run this op; they share one signature."""
+    if impl == "triton":
+        from ..kernels import favor as triton_favor
+
+        return triton_favor
+    return native_favor
+
+
+# schema and fakes
+
+_OPTIONS = "str kind, bool l2, bool is_causal, bool exact_diagonal, int segment, str impl"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens, Tensor? kv, Tensor? k_sum, Tensor? log_scale, "
+    "Tensor projection, Tensor root, Tensor? mean"
+)
+_SAVED = (
+    "Tensor out, Tensor normalizer, Tensor row_scale, Tensor segment_kv, Tensor segment_k_sum, Tensor segment_log_scale, "
+    "Tensor final_log_scale"
+)
+torch.library.define(
+    "longattn::_favor_forward", f"({_INPUTS}, {_OPTIONS}, bool save_segments) -> ({', '.join(['Tensor'] * 9)})"
+)
+torch.library.define(
+    "longattn::_favor_backward",
+    f"(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> "
+    f"({', '.join(['Tensor'] * 6)})",
+)
+INPUTS, SAVED = 11, 7
+
+
+@torch.library.register_fake("longattn::_favor_forward")
+def _(q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, *rest):
+    *options, save_segments = rest
+    options = Options(*options)
+    (B, Hq, L, _), (_, H, _, E) = q.shape, v.shape
+    acc, M = accumulator(q.dtype), features(projection, options.kind)
+    n, ns = sequences(q, cu_seqlens), slots(q, cu_seqlens, options.is_causal, options.segment)
+    saved = ((B, H, ns, M, E), (B, H, ns, M), (B, H, ns)) if save_segments else ((0,), (0,), (0,))
+    shapes = ((B, Hq, L), (B, Hq, L), *saved, (n, H, M, E), (n, H, M), (n, H))
+    return q.new_empty(B, Hq, L, E), *(q.new_empty(shape, dtype=acc) for shape in shapes)
+
+
+@torch.library.register_fake("longattn::_favor_backward")
+def _(grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, *rest):
+    acc = accumulator(q.dtype)
+    states = (q.new_empty(0 if x is None else x.shape, dtype=acc) for x in (kv, k_sum))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty((), dtype=acc), *states
+
+
+def features(projection: Tensor, kind: str) -> int:
+    """M, how many features the projections make."""
+    return projection.shape[0] * (2 if kind in ("hyperbolic", "trig") else 1)
+
+
+def _forward(*arguments):
+    tensors, (*options, save_segments) = arguments[:INPUTS], arguments[INPUTS:]
+    options = Options(*options)._asdict()
+    impl = options.pop("impl")
+    return engine(impl).forward(*tensors, save_segments=save_segments, **options, **hooks(impl, tensors[0]))
+
+
+def _backward(*arguments):
+    tensors, options = arguments[: 3 + INPUTS + SAVED], Options(*arguments[3 + INPUTS + SAVED :])._asdict()
+    impl = options.pop("impl")
+    return engine(impl).backward(*tensors, **options, **hooks(impl, tensors[3]))
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("longattn::_favor_forward", _device, _forward)
+    torch.library.impl("longattn::_favor_backward", _device, _backward)
+
+
+# autograd
+
+
+class _FavorBackward(torch.autograd.Function):
+    """The first derivative as a node of its own, so that asking for the second gets a sentence."""
+
+    # torch.compile does not take a setup_context here
+    @staticmethod
+    def forward(ctx, *arguments):
+        return torch.ops.longattn._favor_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "linear_attention: the kernels have no second derivative; use impl='reference' for double backward"
+        )
+
+
+class _FavorAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.longattn._favor_forward(*arguments[:INPUTS], *arguments[INPUTS], True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        out, normalizer, row_scale, *segments, _kv, _k_sum, log_scale = output
+        ctx.options = inputs[-1]
+        # the scale of a state is its unit: what is differentiable is the sum it stands for
+        ctx.mark_non_differentiable(normalizer, row_scale, *segments, log_scale)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:-1], out, normalizer, row_scale, *segments, log_scale)
+
+    @staticmethod
+    def backward(ctx, grad_out, *grads):
+        grad_kv, grad_k_sum = grads[-3:-1]
+        tensors = ctx.saved_tensors
+        q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, out, *saved = tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if grad_kv is not None or grad_k_sum is not None:
+            M = features(projection, ctx.options.kind)
+            shape, acc = (sequences(q, cu_seqlens), k.shape[1], M, v.shape[3]), accumulator(q.dtype)
+            grad_kv = q.new_zeros(shape, dtype=acc) if grad_kv is None else grad_kv
+            grad_k_sum = q.new_zeros(shape[:3], dtype=acc) if grad_k_sum is None else grad_k_sum
+        dq, dk, dv, droot, dkv, dk_sum = _FavorBackward.apply(grad_out, grad_kv, grad_k_sum, *tensors, *ctx.options)
+        state = (None, None) if kv is None else (dkv, dk_sum)
+        return dq, dk, dv, None, None, *state, None, None, droot, None, None
+
+
+# a validated call
+
+
+class Call(NamedTuple):
+    """Tensors as the engines take them, and where the call would run."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    state: FavorState | None
+    projection: Tensor
+    root: Tensor
+    mean: Tensor | None
+    options: Options
+    keeps_state: bool
+    explanation: _dispatch.Explanation
+
+
+def _check_state(op: str, state, count: int, k: Tensor, v: Tensor, favor: Favor) -> None:
+    if not isinstance(state, FavorState):
+        _check.fail(op, f"with a Favor feature map, state must be a FavorState, got {type(state).__name__}", TypeError)
+    lead, acc = (count, k.shape[1]), accumulator(k.dtype)
+    M, E, D, t = favor.n_features, v.shape[3], k.shape[3], state.tail_mask.shape[-1]
+    expected = {
+        "kv": ((*lead, M, E), acc), "k_sum": ((*lead, M), acc), "log_scale": (lead, acc),
+        "tail_key": ((*lead, t, D), k.dtype), "tail_value": ((*lead, t, E), k.dtype), "tail_mask": ((count, t), torch.bool),
+    }  # fmt: skip
+    for name, (shape, dtype) in expected.items():
+        x = getattr(state, name)
+        typed = isinstance(x, Tensor) and x.dtype == dtype
+        if typed and x.shape == shape and x.device == k.device:
+            continue
+        sentence = f"state.{name} must be {dtype} {list(shape)} on {k.device}, got {_check.describe(x)}"
+        _check.fail(op, sentence, ValueError if typed else TypeError)
+    if t and not favor.exact_diagonal:
+        _check.fail(op, f"the state holds {t} tokens of an unfinished chunk, which only exact_diagonal=True can use")
+
+
+def prepare(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    state: FavorState | None,
+    favor: Favor,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalize: bool,
+    impl: str,
+    keeps_state: bool,
+) -> Call:
+    """The rest of the public door for a Favor map; q, k and v have passed the checks that all maps share."""
+    if q.shape[3] != favor.head_dim:
+        _check.fail(op, f"this Favor was made for head_dim {favor.head_dim}, got query and key with {q.shape[3]}")
+    if not normalize:
+        remedy = "for the raw sums pass the features as a callable, feature_map=lambda x: favor(x)"
+        _check.fail(op, f"a Favor map is defined up to a factor, which only normalize=True removes; {remedy}")
+    if favor.projection.device != q.device:
+        _check.fail(op, f"the Favor map is on {favor.projection.device} and query on {q.device}; move it with .to()")
+    exact = favor.exact_diagonal
+    if exact and not is_causal:
+        _check.fail(op, "exact_diagonal needs is_causal=True: without an order there is no diagonal")
+    if exact and keeps_state and (cu_seqlens is not None or q.shape[2] > k.shape[2]):
+        what = "packed sequences" if cu_seqlens is not None else "more queries than keys"
+        _check.fail(op, f"exact_diagonal cannot carry a state with {what}: chunks would start anywhere")
+    if state is not None:
+        _check_state(op, state, sequences(q, cu_seqlens), k, v, favor)
+    acc, l2, mean = accumulator(q.dtype), favor.normalize == "l2", None
+    root = favor.root.to(acc)
+    if favor.center_keys and favor.key_mean is not None:
+        mean = favor.key_mean.to(acc)
+        if mean.shape[0] != k.shape[1]:
+            _check.fail(op, f"key_mean was measured for {mean.shape[0]} heads, got keys with {k.shape[1]}")
+    elif favor.center_keys and (is_causal or state is not None or cu_seqlens is not None):
+        why = "is_causal may not look at later keys" if is_causal else "this call sees a part of the keys"
+        _check.fail(op, f"center_keys needs a stored mean here ({why}): call calibrate(key) once")
+    elif favor.center_keys:
+        # of this call's own keys: part of the graph, so not left to the kernels
+        own = favor.mean(k, key_padding_mask)[:, :, None]                                      # [B, H, 1, D]
+        q, k = ((unit_rows(x.to(acc)) if l2 else x.to(acc)) for x in (q, k))
+        q, k, v, l2 = q.to(v.dtype), (k - own).to(v.dtype), v, False
+    reasons = {name: _refuses(name, q, k, v, favor.projection) for name in _dispatch.IMPLS}
+    chosen = _dispatch.choose(op, impl, reasons)
+    segment = segment_of(favor.n_features, v.shape[3])
+    options = Options(favor.kind, l2, is_causal, exact, segment, chosen)
+    projection, explanation = favor.projection.to(acc), _dispatch.Explanation(op, chosen, reasons)
+    tensors = (q, k, v, key_padding_mask, cu_seqlens, state, projection, root, mean)
+    return Call(*tensors, options, keeps_state, explanation)
+
+
+def _refuses(impl: str, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> str | None:
+    reason = _dispatch.refuses(impl, q)
+    if reason is not None or impl in ("cpu", "reference"):
+        return reason
+    if impl == "cuda":
+        return "FAVOR+ runs in Triton; CUDA C++ has no kernel of it"
+    return engine(impl).refuses(q, k, v, projection)
+
+
+# running it
+
+
+def run(call: Call) -> tuple[Tensor, FavorState]:
+    """-> output `[B, Hq, L, E]`, and the state after the last key"""
+    if call.options.exact_diagonal and call.keeps_state:
+        return _run_in_chunks(call)
+    if call.options.is_causal and call.q.shape[2] != call.k.shape[2]:
+        return aligned(call, run)
+    output, kv, k_sum, log_scale = _attend(call)
+    return output, _state(call, kv, k_sum, log_scale, call.k[:, :, :0], call.v[:, :, :0], None)
+
+
+def _state(call: Call, kv, k_sum, log_scale, tail_key, tail_value, tail_mask) -> FavorState:
+    n = kv.shape[0]
+    if tail_mask is None:
+        tail_mask = torch.zeros(n, tail_key.shape[2], dtype=torch.bool, device=kv.device)
+    tail_key, tail_value = (x if x.shape[0] == n else x.expand(n, -1, -1, -1) for x in (tail_key, tail_value))
+    return FavorState(kv, k_sum, log_scale, tail_key, tail_value, tail_mask)
+
+
+def _attend(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One call of the engine. -> output, kv, k_sum, log_scale"""
+    q, k, v, mask, cu_seqlens, state, projection, root, mean, options, _, _ = call
+    kv, k_sum, log_scale = (None, None, None) if state is None else state[:3]
+    if options.impl == "reference":
+        acc = accumulator(q.dtype)
+        if mask is not None:
+            # kept out of the graph, so that NaN in a padded key does not reach its gradient as 0 * NaN
+            k, v = (x.masked_fill(mask[:, None, :, None], 0) for x in (k, v))
+        names = {name: getattr(options, name) for name in ("kind", "l2", "is_causal", "exact_diagonal")}
+        tensors = (q.to(acc), k.to(acc), v.to(acc), mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean)
+        # the inputs have autocast's dtype already; the sums keep theirs
+        with _dispatch.without_autocast(q.device.type):
+            output, *sums = reference.favor_attention(*tensors, **names)
+        return output.to(q.dtype), *(x.contiguous() for x in sums)
+    tensors = (q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
+        results = _FavorAttention.apply(*tensors, options)
+    else:
+        results = torch.ops.longattn._favor_forward(*tensors, *options, False)
+    return results[0], *results[-3:]
+
+
+def _run_in_chunks(call: Call) -> tuple[Tensor, FavorState]:
+    """exact_diagonal with a state: chunks are counted from the start of the sequence, so the state ends with the last whole
+    chunk, and the keys after it travel with it as they are."""
+    q, k, v, mask, state = call.q, call.k, call.v, call.mask, call.state
+    t, new = (0, k.shape[2]) if state is None else (state.tail_mask.shape[1], k.shape[2])
+    if t:
+        if mask is None:
+            mask = torch.zeros(k.shape[0], new, dtype=torch.bool, device=k.device)
+        k, v, mask = (torch.cat(pair, -2 if pair[0].dim() == 4 else 1)
+                      for pair in ((state.tail_key, k), (state.tail_value, v), (state.tail_mask, mask)))  # fmt: skip
+    total, L = t + new, q.shape[2]
+    whole = total // reference.CHUNK * reference.CHUNK
+    if L == 1 and new == 1 and not whole:
+        return _step(call, k, v, mask), _state_after(call, state, k, v, mask)
+    q = F.pad(q, (0, 0, total - L, 0))
+    parts = []
+    for start, stop in ((0, whole), (whole, total)):
+        if start == stop:
+            continue
+        rows = (x[:, :, start:stop] for x in (q, k, v))
+        part = call._replace(state=state, mask=None if mask is None else mask[:, start:stop])
+        output, kv, k_sum, log_scale = _attend(part._replace(**dict(zip("qkv", rows, strict=True))))
+        parts.append(output)
+        if stop == whole:
+            state = _state(call, kv, k_sum, log_scale, k[:, :, :0], v[:, :, :0], None)
+    output = torch.cat(parts, 2) if parts else q.new_empty(*q.shape[:3], v.shape[3])
+    rest = None if mask is None else mask[:, whole:]
+    return output[:, :, total - L :], _state_after(call, state, k[:, :, whole:], v[:, :, whole:], rest)
+
+
+def _state_after(call: Call, state: FavorState | None, tail_key, tail_value, tail_mask) -> FavorState:
+    if state is None:
+        M, acc = features(call.projection, call.options.kind), accumulator(call.q.dtype)
+        sizes = (call.k.shape[0], call.k.shape[1], M, call.v.shape[3])
+        state = FavorState.zeros(*sizes, call.k.shape[3], device=call.k.device, dtype=acc)
+    return _state(call, *state[:3], tail_key, tail_value, tail_mask)
+
+
+def _step(call: Call, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """One query against the state and, exactly, against the keys of its own chunk: at most 64, too few for a kernel."""
+    B, Hq, _, D = call.q.shape
+    H, acc, options = k.shape[1], accumulator(k.dtype), call.options
+    with _dispatch.without_autocast(k.device.type):
+        q = favor_rows(call.q.to(acc), call.root, options.l2).reshape(B, H, Hq // H, D)        # [B, H, G, D]
+        if mask is not None:
+            k, v = (x.masked_fill(mask[:, None, :, None], 0) for x in (k, v))
+        logs = q @ favor_rows(k.to(acc), call.root, options.l2, call.mean).mT                  # [B, H, G, t]
+        if mask is not None:
+            logs = logs.masked_fill(mask[:, None, None], -math.inf)
+        top = logs.detach().amax(-1, keepdim=True)
+        if call.state is not None:
+            kv, k_sum, log_scale = call.state[:3]
+            phi, b = favor_features(q, call.projection, options.kind)                          # [B, H, G, M]
+            state_log = (b - math.log(favor_norm(call.projection, options.kind)) + log_scale[..., None])[..., None]
+            top = torch.maximum(top, state_log.detach())
+        top = top.masked_fill(top == -math.inf, 0)
+        w = torch.exp(logs - top)
+        total, z = w @ v.to(acc), w.sum(-1, keepdim=True)
+        if call.state is not None:
+            share = torch.exp(state_log - top)
+            total, z = total + share * (phi @ kv), z + share * (phi @ k_sum[..., None])
+        output = torch.where(z == 0, 0, total / torch.where(z == 0, 1, z))
+    return output.reshape(B, Hq, 1, -1).to(call.q.dtype)
