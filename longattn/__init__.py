@@ -5,19 +5,26 @@ Importing this package loads no Triton, touches no GPU, compiles nothing and wri
 
 from . import features, nn
 from ._version import __version__
+from .favor import Favor
+from .nn.convert import convert
 from .nn.mechanisms import Linear
+from .nn.report import FidelityReport, fidelity_report
 from .ops._dispatch import explain
 from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
 from .ops.softmax import softmax_attention
 from .state import LinearState
 
 __all__ = [
+    "Favor",
+    "FidelityReport",
     "Linear",
     "LinearAttentionOutput",
     "LinearState",
     "__version__",
+    "convert",
     "explain",
     "features",
+    "fidelity_report",
     "linear_attention",
     "linear_attention_with_state",
     "nn",

@@ -21,7 +21,7 @@ QUERIES = 512
 PAIRS = 2**18
 BLOCK = 2**18
 # a head's weights are those of averaging, softmax's are not, and an estimate is noise
-AVERAGING, NOT_AVERAGING, NOISE = 0.1, 0.2, 1.0
+AVERAGING, NOT_AVERAGING, NOISE = 0.1, 0.2, 10.0
 
 
 class Fidelity(NamedTuple):
