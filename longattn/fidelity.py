@@ -134,7 +134,7 @@ def _mean(favor: Favor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Te
             remedy = "store it first with favor.calibrate(key)"
             why = "center_keys in a causal call needs a mean that no later key enters"
             _check.fail("Favor.fidelity", f"{why}; {remedy}")
-        return favor._mean(key, mask)
+        return favor.mean(key, mask)
     if len(favor.key_mean) != key.shape[1]:
         came = f"its mean is of {len(favor.key_mean)}; calibrate it on keys like these"
         _check.fail("Favor.fidelity", f"key has {key.shape[1]} heads, but {came}")
