@@ -76,7 +76,7 @@ inline T features_of(T* f, int64_t P, Kind kind, T half_square) {
   switch (kind) {
     case Kind::positive: {
       T top = largest<T>(f, P, false);
-      for (int64_t i = 0; i < P; i += W) store(f + i, exp_nonpositive(load(f + i) - broadcast(top)));
+      for (int64_t i = 0; i < P; i += W) store(f + i, exp_share(load(f + i) - broadcast(top)));
       a = top - half_square;
       break;
     }
@@ -85,7 +85,7 @@ inline T features_of(T* f, int64_t P, Kind kind, T half_square) {
       // from the back: the upper half is written over nothing that is still to be read
       for (int64_t i = (P - 1) / W * W; i >= 0; i -= W) {
         V<T> u = load(f + i);
-        V<T> up = exp_nonpositive(u - broadcast(top)), down = exp_nonpositive(-u - broadcast(top));
+        V<T> up = exp_share(u - broadcast(top)), down = exp_share(-u - broadcast(top));
         int64_t n = std::min<int64_t>(W, P - i);
         T lane[W];
         store(lane, down);

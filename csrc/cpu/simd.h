@@ -106,14 +106,14 @@ inline T sum(V<T> x) {
   return lane[0];
 }
 
-// e^x for x <= 0, NaN stays NaN, gradual underflow: 2^n e^r with |r| <= log(2)/2, error below 2 ulp
-inline V<float> exp_nonpositive(V<float> x) {
-  typedef int32_t I __attribute__((vector_size(vector_bytes)));
-  // NaN fails the comparison and passes through
-  V<float> y = x < -104.f ? broadcast(-104.f) : x;
-  V<float> shifted = y * 1.44269504f + 12582912.f;  // 1.5 * 2^23 rounds to the nearest integer
+// e^r 2^-n of x = r + n log 2 with |r| <= log(2)/2, and n as a float and with the bits of a shifted one
+struct Reduced {
+  V<float> p, n, shifted;
+};
+inline __attribute__((always_inline)) Reduced reduced_exp(V<float> x) {
+  V<float> shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.f));  // 1.5 * 2^23 rounds to the nearest integer
   V<float> n = shifted - 12582912.f;
-  V<float> r = fma(n, broadcast(-0.693359375f), y);
+  V<float> r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);
   V<float> p = broadcast(1.9875691500e-4f);
   p = fma(p, r, broadcast(1.3981999507e-3f));
@@ -121,11 +121,32 @@ inline V<float> exp_nonpositive(V<float> x) {
   p = fma(p, r, broadcast(4.1665795894e-2f));
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p, r * r, r + 1.f);
+  return {fma(p, r * r, r + 1.f), n, shifted};
+}
+
+// e^x for x <= 0, NaN stays NaN, gradual underflow; error below 2 ulp
+inline __attribute__((always_inline)) V<float> exp_nonpositive(V<float> x) {
+  // NaN fails the comparison and passes through
+  Reduced e = reduced_exp(x < -104.f ? broadcast(-104.f) : x);
+#if defined(__AVX512F__) && LONGATTN_VECTOR_BYTES == 64
+  return (V<float>)_mm512_scalef_ps((__m512)e.p, (__m512)e.n);
+#else
   // 2^n in two factors, so that n below -126 reaches the subnormals
-  I whole = (I)shifted - (I)broadcast(12582912.f), half = whole >> 1;
+  typedef int32_t I __attribute__((vector_size(vector_bytes)));
+  I whole = (I)e.shifted - (I)broadcast(12582912.f), half = whole >> 1;
   V<float> low = (V<float>)((half + 127) << 23), high = (V<float>)((whole - half + 127) << 23);
-  return p * low * high;
+  return e.p * low * high;
+#endif
+}
+// the same down to e^-86 and never below: for what is a share of something near 1
+inline __attribute__((always_inline)) V<float> exp_share(V<float> x) {
+#if defined(__AVX512F__) && LONGATTN_VECTOR_BYTES == 64
+  return exp_nonpositive(x);
+#else
+  typedef int32_t I __attribute__((vector_size(vector_bytes)));
+  Reduced e = reduced_exp(x < -86.f ? broadcast(-86.f) : x);
+  return (V<float>)((I)e.p + ((I)e.shifted << 23));
+#endif
 }
 inline V<double> exp_nonpositive(V<double> x) {
   double lane[width<double>];
@@ -133,6 +154,7 @@ inline V<double> exp_nonpositive(V<double> x) {
   for (double& value : lane) value = std::exp(value);
   return load(lane);
 }
+inline V<double> exp_share(V<double> x) { return exp_nonpositive(x); }
 
 // transposes a square of vectors in log2(width) rounds of exchanging halves
 template <class T, int Half>

@@ -396,7 +396,7 @@ class Sweeps {
     for (int64_t i = 0; i < rows; ++i) {
       V<T> own = broadcast(row_log[i]);
       for (int64_t j = 0; j <= i; j += W) {
-        V<T> f = exp_nonpositive(own + load(column_log + j));
+        V<T> f = exp_share(own + load(column_log + j));
         store(p.row(i) + j, load(p.row(i) + j) * f);
       }
     }
