@@ -18,7 +18,7 @@ from . import _text
 from ._text import InputError
 
 # of the built-in example: long enough for its attention to find words, short enough to wait for
-LENGTH, BATCH, STEPS, SECONDS = 256, 8, 60, 6.0
+LENGTH, BATCH, STEPS, SECONDS = 256, 8, 60, 4.0
 
 
 def add_parser(subparsers) -> None:

@@ -102,6 +102,12 @@ RULES = (
     ("keep exact", lambda row, favor: True, "the output would be another one"),
 )
 
+
+def recommend(row: Row, favor: Favor | None) -> tuple[str, str]:
+    """What to do about a head, and why."""
+    return next((label, why) for label, holds, why in RULES if holds(row, favor))
+
+
 # of the table: title, field, what it is
 COLUMNS = (
     ("layer", "layer", ""),
@@ -295,7 +301,7 @@ class _Observer:
             favor = favor_of(self.mechanism)
             for head, numbers in enumerate(found):
                 row = Row(self.name, self.calls, head, **{name: _number(x) for name, x in numbers.items()})
-                label, reason = next((label, why) for label, holds, why in RULES if holds(row, favor))
+                label, reason = recommend(row, favor)
                 rows.append(dataclasses.replace(row, recommendation=label, why=why or reason))
             self.calls += 1
 
