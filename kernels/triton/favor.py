@@ -35,31 +35,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT_CHUNK = 64
 SCAN_BLOCK = 256
 SPLIT_BLOCK = 16
-# projections are padded to a multiple of this: no walk holds more
-PROJECTIONS = 256
+# projections are padded to a multiple of this: no block is larger
+PROJECTIONS = 128
 
 State = tuple[Tensor, Tensor, Tensor]
 
 
 class Tiles(NamedTuple):
-    """Rows of a chunk, features of a block, columns of a block of D and of E, floats of state that a walk holds, warps of a
-    program, pipeline stages."""
+    """Rows of a chunk, features of a block, columns of a block of D and of E, warps of a program, pipeline stages."""
 
     chunk: int
     part: int
     inner: int
     outer: int
-    held: int
     warps: int
     stages: int
 
 
 # how tl.dot multiplies, kernel, head_dim up to -> tiles; the first that fits is taken
 TILES = (
-    ("bf16", "", 64, Tiles(64, 64, 64, 64, 64 * 256, 8, 1)),
-    ("bf16", "", 256, Tiles(32, 64, 64, 64, 64 * 128, 8, 1)),
-    ("tf32", "", 256, Tiles(32, 32, 32, 32, 64 * 128, 8, 1)),
-    ("ieee", "", 256, Tiles(32, 16, 16, 32, 64 * 64, 8, 1)),
+    ("bf16", "", 64, Tiles(64, 64, 64, 64, 8, 1)),
+    ("bf16", "", 256, Tiles(32, 64, 64, 64, 8, 1)),
+    ("tf32", "", 256, Tiles(32, 32, 32, 32, 8, 1)),
+    ("ieee", "", 256, Tiles(32, 16, 16, 32, 8, 1)),
 )
 
 
@@ -114,10 +112,10 @@ class _Call:
             self.center, self.P, self.D, self.size, DP=self.DP, BLOCK=SPLIT_BLOCK, HAS_MEAN=mean is not None, DOT=self.dot,
             EMULATE=EMULATE, num_warps=4)
         norm = self.P if self.kind == "trig" else self.M
-        self.q = self.points(q, None, None, math.log(norm) if self.exact else 0.0)
-        self.k = self.points(k, mask, self.offset, 0.0)
+        self.q = self.measure(q, None, None, math.log(norm) if self.exact else 0.0)
+        self.k = self.measure(k, mask, self.offset, 0.0)
 
-    def points(self, x: Tensor, mask: Tensor | None, offset: Tensor | None, shift: float) -> Points:
+    def measure(self, x: Tensor, mask: Tensor | None, offset: Tensor | None, shift: float) -> Points:
         B, heads, length, _ = x.shape
         points = Points(*rows_of(x), *(self.floats(B, heads, length) for _ in range(3)))
         tiles = self.tiles("rows")
@@ -185,59 +183,49 @@ class _Call:
                 enable_fp_fusion=True)
         return (kv, k_sum, base), final
 
-    def walk(self, queries: bool, kernel: str, held: int) -> tuple[dict[str, Any], Tensor | None, int, range]:
-        """What both walks are launched with: options, the offset of whoever holds the keys, slots, first projections."""
-        tiles = self.tiles(kernel)
+    def walk(self, queries: bool, tiles: Tiles) -> dict[str, Any]:
+        """Options of both walks."""
         options = self.options(tiles)
-        part = options["BP"]
-        options["PARTS"] = min(max(tiles.held // held // (part * self.halves), 1), triton.cdiv(self.P, part))
-        width = part * options["PARTS"]
-        options |= {"TILES": EXACT_CHUNK // tiles.chunk if self.exact else 1, "QUERIES": queries, "CAUSAL": self.causal,
-                    "EXACT": self.exact, "GROUPED": not queries and self.Hq != self.H,
-                    "HAS_OFFSET": self.offset is not None, "EVEN": self.P % width == 0}
-        return options, tiles, self.slots(self.L if queries else self.S), range(0, self.P, width)
+        return options | {"TILES": EXACT_CHUNK // tiles.chunk if self.exact else 1, "QUERIES": queries,
+                          "CAUSAL": self.causal, "EXACT": self.exact, "GROUPED": not queries and self.Hq != self.H,
+                          "HAS_OFFSET": self.offset is not None, "EVEN": self.P % options["BP"] == 0}
+
+    def owned(self, state: State, heads: int, blocks: int) -> State:
+        """The states of segments in memory that a walk may overwrite: one for each of its heads, k_sum for each program."""
+        if not self.causal:
+            return state
+        kv, k_sum, log = state
+        kv = kv.clone() if heads == self.H else kv.repeat_interleave(heads // self.H, 1)
+        k_sum = k_sum if heads == self.H else k_sum.repeat_interleave(heads // self.H, 1)
+        return kv, k_sum[:, :, :, None].repeat(1, 1, 1, blocks, 1), log
 
     def values(self, queries: bool, state: State, y: Tensor, c: Rows, z: Tensor, r: Tensor) -> None:
         """Outputs, z and r of the queries (c = v), or dv (c = grad)."""
-        length = self.L if queries else self.S
-        heads = self.Hq if queries else self.H
+        x, others, heads, length = (self.q, self.k, self.Hq, self.L) if queries else (self.k, self.q, self.H, self.S)
         tiles = self.tiles("values")
         columns = min(tiles.outer, padded(self.E))
-        options, _, slots, firsts = self.walk(queries, "values", columns)
-        programs = self.B * heads * slots * triton.cdiv(self.E, columns)
-        if not programs:
-            return
-        many = len(firsts) > 1
-        sums = self.floats(self.B, heads, length, self.E) if many else None
-        parts = [self.floats(self.B, heads, length) if many and queries else None for _ in range(3)]
-        x, others = (self.q, self.k) if queries else (self.k, self.q)
-        for n, feature in enumerate(firsts):
+        slots, blocks = self.slots(length), triton.cdiv(self.E, columns)
+        programs = self.B * heads * slots * blocks
+        if programs:
             values_kernel[(programs,)](
-                x, others, c, z, r, self.cu, self.hi, self.lo, self.offset, self.center, *state, y,
-                z if queries else None, r if queries else None, sums, parts[n % 2], parts[1 - n % 2], parts[2], heads,
-                self.Hq // self.H, length, slots, self.sequences, self.segment, feature, self.P, self.size, BN=columns,
-                FIRST=n == 0, LAST=n == len(firsts) - 1, **options)
+                x, others, c, z, r, self.cu, self.hi, self.lo, self.offset, self.center, *self.owned(state, heads, blocks),
+                y, z if queries else None, r if queries else None, heads, self.Hq // self.H, length, slots, self.sequences,
+                self.segment, self.P, self.size, BN=columns, **self.walk(queries, tiles))
 
-    def differentiate(self, queries: bool, state: State, dx: Tensor, grad: Rows, z: Tensor, h: Tensor,
-                      r: Tensor) -> Tensor:
+    def points(self, queries: bool, state: State, dx: Tensor, grad: Rows, z: Tensor, h: Tensor, r: Tensor) -> Tensor:
         """dq or dk; -> its part of d root"""
-        length = self.L if queries else self.S
-        heads = self.Hq if queries else self.H
+        x, others, heads, length = (self.q, self.k, self.Hq, self.L) if queries else (self.k, self.q, self.H, self.S)
         tiles = self.tiles("points")
-        columns = min(tiles.outer, padded(self.E))
-        options, _, slots, firsts = self.walk(queries, "points", triton.cdiv(self.E, columns) * columns)
+        slots = self.slots(length)
         programs = self.B * heads * slots
         # a packed slot may stay unused
         shares = torch.zeros(programs, dtype=torch.float32, device=self.device)
-        if not programs:
-            return shares.sum()
-        sums = self.floats(self.B, heads, length, self.D) if len(firsts) > 1 else None
-        x, others = (self.q, self.k) if queries else (self.k, self.q)
-        for n, feature in enumerate(firsts):
+        if programs:
             points_kernel[(programs,)](
-                x, others, self.v, grad, z, h, r, self.root, self.cu, self.hi, self.lo, self.offset, self.center, *state, dx,
-                sums, shares, heads, self.Hq // self.H, length, slots, self.sequences, self.segment, feature, self.P,
-                self.size, BE=columns, FIRST=n == 0, LAST=n == len(firsts) - 1, L2=self.l2, **options)
+                x, others, self.v, grad, z, h, r, self.root, self.cu, self.hi, self.lo, self.offset, self.center,
+                *self.owned(state, heads, 1), dx, shares, heads, self.Hq // self.H, length, slots, self.sequences,
+                self.segment, self.P, self.size, BE=min(tiles.outer, padded(self.E)), L2=self.l2,
+                **self.walk(queries, tiles))
         return shares.sum()
 
 
@@ -335,8 +323,8 @@ def backward(
         if not is_causal:
             after = whole
             before = tuple(x.transpose(1, 2).flatten(0, 1).contiguous() for x in before)
-        d_root = call.differentiate(True, before, dq, grad, normalizer, h, row_scale)
-        d_root = d_root + call.differentiate(False, after, dk, grad, normalizer, h, row_scale)
+        d_root = call.points(True, before, dq, grad, normalizer, h, row_scale)
+        d_root = d_root + call.points(False, after, dk, grad, normalizer, h, row_scale)
         call.values(False, after, dv, grad, normalizer, row_scale)
     if kv is None:
         return dq, dk, dv, d_root, h.new_empty(0), h.new_empty(0)

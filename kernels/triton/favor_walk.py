@@ -8,7 +8,8 @@
 
 w'_ij = exp(log_i + log_j) and w_ij = w'_ij phi_i.phi_j, or with an exact diagonal w_ij = exp(s_ij - r_i) within 64 tokens;
 share = exp(log of the row + log of the state). points_kernel goes on from dphi to dx through the projections.
-A walk holds PARTS blocks of projections; where that is not all, launches follow each other and add up in float32.
+The state, too large for registers, lies in memory that the program owns: a block of features at a time is read, used, brought
+up to date and written back. Within a chunk no block is met twice, so loads may run ahead of stores; a barrier ends the chunk.
 """
 
 from __future__ import annotations
@@ -56,18 +57,28 @@ def _allowed(i, x_first, y_first, y_live, C: tl.constexpr, QUERIES: tl.constexpr
     return allowed
 
 
-@triton.jit(do_not_specialize=["L", "slots", "sequences", "segment", "feature"])
-def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out, z_out, r_out, sums, z_part, z_next,
-                  r_part, heads, groups, L, slots, sequences, segment, feature, P, size, D: tl.constexpr,
-                  DP: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BP: tl.constexpr,
-                  BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, QUERIES: tl.constexpr,
-                  CAUSAL: tl.constexpr, EXACT: tl.constexpr, GROUPED: tl.constexpr, FIRST: tl.constexpr,
-                  LAST: tl.constexpr, KIND: tl.constexpr, HAS_OFFSET: tl.constexpr, EVEN: tl.constexpr,
-                  PACKED: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
+@triton.jit
+def _block(rows, inside, cols, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """Where a block of a state lies, and whether it does."""
+    fits = tl.full([rows.shape[0], cols.shape[0]], True, tl.int1)
+    if not EVEN:
+        fits = fits & inside[:, None]
+    if WIDTH % BLOCK != 0:
+        fits = fits & (cols < WIDTH)[None, :]
+    return rows[:, None] * WIDTH + cols[None, :], fits
+
+
+@triton.jit(do_not_specialize=["L", "slots", "sequences", "segment"])
+def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out, z_out, r_out, heads, groups, L, slots,
+                  sequences, segment, P, size, D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
+                  C: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, QUERIES: tl.constexpr,
+                  CAUSAL: tl.constexpr, EXACT: tl.constexpr, GROUPED: tl.constexpr, KIND: tl.constexpr,
+                  HAS_OFFSET: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+                  EMULATE: tl.constexpr):
     """Output, normalizer z and reference r [B, heads, L] of the queries (QUERIES), or dv of the keys.
 
-    kv, k_sum, log: the states segments start from, or if not causal one state per sequence.
-    Not FIRST, sums (and z_part) hold what other features gave; not LAST, sums (and z_next) take it.
+    Causal, kv [B, heads, slots, M, E] and k_sum [B, heads, slots, blocks of E, M] hold the states that segments start from,
+    and are overwritten. Else kv [sequences or B, H, M, E] and k_sum hold one state per sequence. log has one head per key head.
     """
     PAIRED: tl.constexpr = KIND == "hyperbolic" or KIND == "trig"
     HALVES: tl.constexpr = 2 if PAIRED else 1
@@ -108,19 +119,17 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
     i = tl.arange(0, C)
     none = i < 0
 
-    state_row = batch * k_heads + k_head
-    base = state_row * slots + slot if CAUSAL else sequence * k_heads + state_row
-    top = tl.load(log + base)
-    state = ()
-    total = ()
-    for j in tl.static_range(PARTS):
-        p = feature + j * BP + tl.arange(0, BP)
-        for half in tl.static_range(HALVES):
-            at = base * (HALVES * P) + half * P + p
-            fits = p < P
-            state = state + (tl.load(kv + at[:, None] * E + cols[None, :], mask=fits[:, None] & (cols < E)[None, :], other=0.0),)
-            if QUERIES:
-                total = total + (tl.load(k_sum + at, mask=fits, other=0.0),)
+    if CAUSAL:
+        log += (batch * k_heads + k_head) * slots + slot
+        kv += (row * slots + slot) * (HALVES * P) * E
+        k_sum += ((row * slots + slot) * BLOCKS + block) * (HALVES * P)
+    else:
+        base = (sequence + batch) * k_heads + k_head
+        log += base
+        kv += base * (HALVES * P) * E
+        k_sum += base * (HALVES * P)
+    top = tl.load(log)
+    parts = tl.cdiv(P, BP)
 
     length = (end - start).to(tl.int32)
     chunks = tl.cdiv(length, TILES * C)
@@ -145,9 +154,7 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                 reference = tl.zeros([C], tl.float32) + top
                 if EXACT:
                     reference += x_log
-                if EXACT and not FIRST:
-                    reference = tl.load(r_part + x_token + rows, mask=inside, other=0.0)
-                elif EXACT:
+                if EXACT:
                     for s in range(t + 1):
                         other = (chunk * TILES + s) * C
                         near = start + other + i
@@ -178,10 +185,8 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                 top_after = tl.maximum(top, tl.max(y_log, 0))
                 kept = share(top, top_after)
                 y_share = share(y_log, top_after)
-            after = ()
-            total_after = ()
-            for j in tl.static_range(PARTS):
-                p = feature + j * BP + tl.arange(0, BP)
+            for j in range(parts):
+                p = j * BP + tl.arange(0, BP)
                 u = project(x_ptr, x, rows, x_live, x_scale, hi, lo, offset, p, D, DP, BD, HAS_OFFSET and not QUERIES, DOT,
                             EMULATE)
                 if FUSED:
@@ -189,22 +194,23 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                                   DOT, EMULATE)
                 for half in tl.static_range(HALVES):
                     a = operand(features(u, x_top, x_live, p, P, KIND, half, EVEN), DOT, EMULATE)
-                    acc = product(a, operand(state[j * HALVES + half], DOT, EMULATE), acc, DOT, EMULATE)
+                    at, fits = _block(half * P + p, p < P, cols, E, BN, EVEN)
+                    state = tl.load(kv + at, mask=fits, other=0.0)
+                    acc = product(a, operand(state, DOT, EMULATE), acc, DOT, EMULATE)
                     if QUERIES:
-                        norm += tl.sum(a.to(tl.float32) * total[j * HALVES + half][None, :], 1)
+                        total = tl.load(k_sum + half * P + p, mask=p < P, other=0.0)
+                        norm += tl.sum(a.to(tl.float32) * total[None, :], 1)
                     if FUSED:
                         phi = features(y_u, y_top, y_live, p, P, KIND, half, EVEN)
                         w = product(a, tl.trans(operand(phi, DOT, EMULATE)), w, DOT, EMULATE)
                         b = operand(phi * y_share[:, None], DOT, EMULATE)
-                        after = after + (product(tl.trans(b), c_rows, state[j * HALVES + half] * kept, DOT, EMULATE),)
+                        tl.store(kv + at, product(tl.trans(b), c_rows, state * kept, DOT, EMULATE), mask=fits)
                         if QUERIES:
-                            total_after = total_after + (total[j * HALVES + half] * kept + tl.sum(b.to(tl.float32), 0),)
+                            tl.store(k_sum + half * P + p, total * kept + tl.sum(b.to(tl.float32), 0), mask=p < P)
             x_share = tl.exp(x_log + top)
             acc *= x_share[:, None]
             norm *= x_share
             if FUSED:
-                state = after
-                total = total_after
                 top = top_after
 
             # pairs of the chunk
@@ -216,7 +222,7 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                 w = operand(w, DOT, EMULATE)
                 norm += tl.sum(w.to(tl.float32), 1)
                 acc = product(w, clean, acc, DOT, EMULATE)
-            elif CAUSAL and (FIRST or not EXACT):
+            elif CAUSAL:
                 for round in range(rounds):
                     for s in range(0 if QUERIES else t, t + 1 if QUERIES else TILES):
                         other = (chunk * TILES + s) * C
@@ -238,8 +244,8 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                         else:
                             pairs = tl.zeros([C, C], tl.float32)
                             near_top = tl.load(y.top + near_at, mask=near_inside, other=0.0)
-                            for j in range(PARTS):
-                                p = feature + j * BP + tl.arange(0, BP)
+                            for j in range(parts):
+                                p = j * BP + tl.arange(0, BP)
                                 u = project(x_ptr, x, rows, x_live, x_scale, hi, lo, offset, p, D, DP, BD,
                                             HAS_OFFSET and not QUERIES, DOT, EMULATE)
                                 y_u = project(near_ptr, y, near, near_live, near_scale, hi, lo, offset, p, D, DP, BD,
@@ -262,29 +268,19 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
             if E % BN != 0:
                 stored = stored & (cols < E)[None, :]
             part = at[:, None] * E + cols[None, :]
-            if not FIRST:
-                acc += tl.load(sums + part, mask=stored, other=0.0)
-                if QUERIES:
-                    norm += tl.load(z_part + at, mask=inside, other=0.0)
-            if LAST:
-                if QUERIES:
-                    norm = tl.where(tl.abs(norm) < NOTHING, 0.0, norm)
-                    tl.store(z_out + at, norm, mask=inside)
-                    tl.store(r_out + at, tl.where(norm == 0.0, 0.0, reference), mask=inside)
-                    # a query that sees nothing has output 0 whatever the state holds
-                    acc = tl.where((norm == 0.0)[:, None], 0.0, acc * reciprocal(norm)[:, None])
-                else:
-                    acc = tl.where(x_live[:, None], acc, 0.0)
-                store(out + part, acc, stored, EMULATE)
+            if QUERIES:
+                norm = tl.where(tl.abs(norm) < NOTHING, 0.0, norm)
+                tl.store(z_out + at, norm, mask=inside)
+                tl.store(r_out + at, tl.where(norm == 0.0, 0.0, reference), mask=inside)
+                # a query that sees nothing has output 0 whatever the state holds
+                acc = tl.where((norm == 0.0)[:, None], 0.0, acc * reciprocal(norm)[:, None])
             else:
-                tl.store(sums + part, acc, mask=stored)
-                if QUERIES:
-                    tl.store(z_next + at, norm, mask=inside)
-                    if FIRST:
-                        tl.store(r_part + at, reference, mask=inside)
+                acc = tl.where(x_live[:, None], acc, 0.0)
+            store(out + part, acc, stored, EMULATE)
 
         if CAUSAL and not FUSED:
             # the whole chunk has read the state: now it enters
+            tl.debug_barrier()
             top_after = top
             for n in range(rounds * TILES):
                 other = (chunk * TILES + n % TILES) * C
@@ -293,40 +289,47 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                 top_after = tl.maximum(top_after, tl.max(near_log, 0))
             kept = share(top, top_after)
             top = top_after
-            after = ()
-            total_after = ()
-            for n in tl.static_range(PARTS * HALVES):
-                after = after + (state[n] * kept,)
-                if QUERIES:
-                    total_after = total_after + (total[n] * kept,)
-            state = after
-            total = total_after
-            for n in range(rounds * TILES):
-                round = n // TILES
-                other = (chunk * TILES + n % TILES) * C
-                near = start + other + i
-                near_inside = i < length - other
-                near_at = y_token + round * L + near
-                near_log = tl.load(y.log + near_at, mask=near_inside, other=float("-inf"))
-                near_live = near_inside & (near_log != float("-inf"))
-                near_scale = tl.load(y.scale + near_at, mask=near_inside, other=0.0)
-                near_top = tl.load(y.top + near_at, mask=near_inside, other=0.0)
-                c_rows = values(c_ptr, c, near, near_live, cols, E, DOT, EMULATE) if QUERIES else grads(
-                    c_ptr + round * c.h, c, z + y_token + round * L, near, near_live, cols, E, DOT, EMULATE)
-                after = ()
-                total_after = ()
-                for j in tl.static_range(PARTS):
-                    p = feature + j * BP + tl.arange(0, BP)
+            for j in range(parts):
+                p = j * BP + tl.arange(0, BP)
+                held = ()
+                total = ()
+                for half in tl.static_range(HALVES):
+                    at, fits = _block(half * P + p, p < P, cols, E, BN, EVEN)
+                    held = held + (tl.load(kv + at, mask=fits, other=0.0) * kept,)
+                    if QUERIES:
+                        total = total + (tl.load(k_sum + half * P + p, mask=p < P, other=0.0) * kept,)
+                for n in range(rounds * TILES):
+                    round = n // TILES
+                    other = (chunk * TILES + n % TILES) * C
+                    near = start + other + i
+                    near_inside = i < length - other
+                    near_at = y_token + round * L + near
+                    near_log = tl.load(y.log + near_at, mask=near_inside, other=float("-inf"))
+                    near_live = near_inside & (near_log != float("-inf"))
+                    near_scale = tl.load(y.scale + near_at, mask=near_inside, other=0.0)
+                    near_top = tl.load(y.top + near_at, mask=near_inside, other=0.0)
+                    c_rows = values(c_ptr, c, near, near_live, cols, E, DOT, EMULATE) if QUERIES else grads(
+                        c_ptr + round * c.h, c, z + y_token + round * L, near, near_live, cols, E, DOT, EMULATE)
                     u = project(y_ptr + round * y.h, y, near, near_live, near_scale, hi, lo, offset, p, D, DP, BD,
                                 HAS_OFFSET and QUERIES, DOT, EMULATE)
+                    after = ()
+                    total_after = ()
                     for half in tl.static_range(HALVES):
                         phi = features(u, near_top, near_live, p, P, KIND, half, EVEN) * share(near_log, top)[:, None]
                         b = operand(phi, DOT, EMULATE)
-                        after = after + (product(tl.trans(b), c_rows, state[j * HALVES + half], DOT, EMULATE),)
+                        after = after + (product(tl.trans(b), c_rows, held[half], DOT, EMULATE),)
                         if QUERIES:
-                            total_after = total_after + (total[j * HALVES + half] + tl.sum(b.to(tl.float32), 0),)
-                state = after
-                total = total_after
+                            total_after = total_after + (total[half] + tl.sum(b.to(tl.float32), 0),)
+                    held = after
+                    total = total_after
+                for half in tl.static_range(HALVES):
+                    at, fits = _block(half * P + p, p < P, cols, E, BN, EVEN)
+                    tl.store(kv + at, held[half], mask=fits)
+                    if QUERIES:
+                        tl.store(k_sum + half * P + p, total[half], mask=p < P)
+        if CAUSAL:
+            # the next chunk reads what this one wrote
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -351,18 +354,14 @@ def _through(dphi, u, phi, KIND: tl.constexpr):
     return du, total
 
 
-@triton.jit(do_not_specialize=["L", "slots", "sequences", "segment", "feature"])
-def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, k_sum, log, dx, sums, d_root, heads,
-                  groups, L, slots, sequences, segment, feature, P, size, D: tl.constexpr, DP: tl.constexpr,
-                  BD: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr,
-                  PARTS: tl.constexpr, TILES: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr,
-                  EXACT: tl.constexpr, GROUPED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+@triton.jit(do_not_specialize=["L", "slots", "sequences", "segment"])
+def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, k_sum, log, dx, d_root, heads, groups, L,
+                  slots, sequences, segment, P, size, D: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
+                  E: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, TILES: tl.constexpr,
+                  QUERIES: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr, GROUPED: tl.constexpr,
                   KIND: tl.constexpr, L2: tl.constexpr, HAS_OFFSET: tl.constexpr, EVEN: tl.constexpr,
                   PACKED: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
-    """dq (QUERIES) or dk [B, heads, L, D], and of each program its share of d root.
-
-    Not FIRST, sums holds dx~ of other features; not LAST, sums takes it.
-    """
+    """dq (QUERIES) or dk [B, heads, L, D], and of each program its share of d root. States as in values_kernel."""
     PAIRED: tl.constexpr = KIND == "hyperbolic" or KIND == "trig"
     HALVES: tl.constexpr = 2 if PAIRED else 1
     FUSED: tl.constexpr = CAUSAL and not EXACT and not GROUPED
@@ -409,20 +408,17 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
     none = i < 0
     t_root = tl.load(root)
 
-    state_row = batch * k_heads + k_head
-    base = state_row * slots + slot if CAUSAL else sequence * k_heads + state_row
-    top = tl.load(log + base)
-    state = ()
-    total = ()
-    for j in tl.static_range(PARTS):
-        p = feature + j * BP + tl.arange(0, BP)
-        for half in tl.static_range(HALVES):
-            at = base * (HALVES * P) + half * P + p
-            fits = p < P
-            total = total + (tl.load(k_sum + at, mask=fits, other=0.0),)
-            for b in tl.static_range(EB):
-                state = state + (tl.load(kv + at[:, None] * E + (b * BE + e)[None, :], mask=fits[:, None] & (b * BE + e < E)[None, :],
-                                         other=0.0),)
+    if CAUSAL:
+        log += (batch * k_heads + k_head) * slots + slot
+        kv += (row * slots + slot) * (HALVES * P) * E
+        k_sum += (row * slots + slot) * (HALVES * P)
+    else:
+        base = (sequence + batch) * k_heads + k_head
+        log += base
+        kv += base * (HALVES * P) * E
+        k_sum += base * (HALVES * P)
+    top = tl.load(log)
+    parts = tl.cdiv(P, BP)
 
     temperature = tl.zeros([C], tl.float32)
     length = (end - start).to(tl.int32)
@@ -469,10 +465,8 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                 kept = share(top, top_after)
                 y_share = share(y_log, top_after)
 
-            after = ()
-            total_after = ()
-            for j in tl.static_range(PARTS):
-                p = feature + j * BP + tl.arange(0, BP)
+            for j in range(parts):
+                p = j * BP + tl.arange(0, BP)
                 u = project(x_ptr, x, rows, x_live, x_scale, hi, lo, offset, p, D, DP, BD, MEAN_X, DOT, EMULATE)
                 if FUSED:
                     y_u = project(y_ptr, y, rows, y_live, y_scale, hi, lo, offset, p, D, DP, BD, MEAN_Y, DOT, EMULATE)
@@ -481,28 +475,27 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                 for half in tl.static_range(HALVES):
                     phi = phi + (features(u, x_top, x_live, p, P, KIND, half, EVEN),)
                     dhalf = tl.zeros([C, BP], tl.float32)
+                    total = tl.load(k_sum + half * P + p, mask=p < P, other=0.0)
                     if FUSED:
                         y_phi = features(y_u, y_top, y_live, p, P, KIND, half, EVEN)
                         into = operand(y_phi * y_share[:, None], DOT, EMULATE)
-                        if QUERIES:
-                            total_after = total_after + (total[j * HALVES + half] * kept + tl.sum(into.to(tl.float32), 0),)
-                        else:
-                            gain = tl.sum(into.to(tl.float32) * y_h[:, None], 0)
-                            total_after = total_after + (total[j * HALVES + half] * kept + gain,)
-                    for b in tl.static_range(EB):
+                        gain = tl.sum(into.to(tl.float32) if QUERIES else into.to(tl.float32) * y_h[:, None], 0)
+                        tl.store(k_sum + half * P + p, total * kept + gain, mask=p < P)
+                    for b in range(EB):
                         if QUERIES:
                             a = grads(g_ptr, grad, z + q_token, rows, x_live, b * BE + e, E, DOT, EMULATE)
                         else:
                             a = values(v_ptr, v, rows, x_live, b * BE + e, E, DOT, EMULATE)
-                        held = state[(j * HALVES + half) * EB + b]
+                        at, fits = _block(half * P + p, p < P, b * BE + e, E, BE, EVEN)
+                        held = tl.load(kv + at, mask=fits, other=0.0)
                         dhalf = product(a, tl.trans(operand(held, DOT, EMULATE)), dhalf, DOT, EMULATE)
                         if FUSED:
                             if QUERIES:
                                 c = values(v_ptr, v, rows, y_live, b * BE + e, E, DOT, EMULATE)
                             else:
                                 c = grads(g_ptr, grad, z + q_token, rows, y_live, b * BE + e, E, DOT, EMULATE)
-                            after = after + (product(tl.trans(into), c, held * kept, DOT, EMULATE),)
-                    dhalf += h_rows[:, None] * total[j * HALVES + half][None, :]
+                            tl.store(kv + at, product(tl.trans(into), c, held * kept, DOT, EMULATE), mask=fits)
+                    dhalf += h_rows[:, None] * total[None, :]
                     dhalf *= x_share[:, None]
                     if FUSED:
                         y_phi = operand(tl.where(broken(y_phi) == 0, y_phi, 0.0), DOT, EMULATE)
@@ -512,10 +505,8 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                 dots += part_dots
                 acc = product(operand(du, DOT, EMULATE), weights(hi, p, d, DP, EMULATE), acc, DOT, EMULATE)
             if FUSED:
-                state = after
-                total = total_after
                 top = top_after
-            elif CAUSAL and (FIRST or not EXACT):
+            elif CAUSAL:
                 for round in range(rounds):
                     for s in range(0 if QUERIES else t, t + 1 if QUERIES else TILES):
                         other = (chunk * TILES + s) * C
@@ -558,8 +549,8 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                             acc = product(w, c, acc, DOT, EMULATE)
                         else:
                             near_top = tl.load(y.top + near_at, mask=near_inside, other=0.0)
-                            for j in range(PARTS):
-                                p = feature + j * BP + tl.arange(0, BP)
+                            for j in range(parts):
+                                p = j * BP + tl.arange(0, BP)
                                 u = project(x_ptr, x, rows, x_live, x_scale, hi, lo, offset, p, D, DP, BD, MEAN_X, DOT,
                                             EMULATE)
                                 y_u = project(near_ptr, y, near, near_live, near_scale, hi, lo, offset, p, D, DP, BD,
@@ -582,24 +573,20 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
             if DP != D:
                 stored = stored & (d < D)[None, :]
             part = (x_token + rows)[:, None] * D + d[None, :]
-            if not FIRST:
-                acc += tl.load(sums + part, mask=stored, other=0.0)
-            if LAST:
-                # a padded key, or a query that saw nothing, receives exactly 0
-                acc = tl.where(x_live[:, None], acc, 0.0)
-                temperature += tl.sum(tl.where(x_live[:, None], tilde * acc, 0.0), 1)
-                if L2:
-                    unit = tile(x_ptr, x, rows, x_live, d, D).to(tl.float32) * (x_scale / t_root)[:, None]
-                    acc -= unit * tl.sum(unit * acc, 1)[:, None]
-                    acc *= x_scale[:, None]
-                else:
-                    acc *= t_root
-                store(dx + part, acc, stored, EMULATE)
+            # a padded key, or a query that saw nothing, receives exactly 0
+            acc = tl.where(x_live[:, None], acc, 0.0)
+            temperature += tl.sum(tl.where(x_live[:, None], tilde * acc, 0.0), 1)
+            if L2:
+                unit = tile(x_ptr, x, rows, x_live, d, D).to(tl.float32) * (x_scale / t_root)[:, None]
+                acc -= unit * tl.sum(unit * acc, 1)[:, None]
+                acc *= x_scale[:, None]
             else:
-                tl.store(sums + part, acc, mask=stored)
+                acc *= t_root
+            store(dx + part, acc, stored, EMULATE)
 
         if CAUSAL and not FUSED:
             # the whole chunk has read the state: now it enters
+            tl.debug_barrier()
             top_after = top
             for n in range(rounds * TILES):
                 other = (chunk * TILES + n % TILES) * C
@@ -608,50 +595,49 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                 top_after = tl.maximum(top_after, tl.max(near_log, 0))
             kept = share(top, top_after)
             top = top_after
-            after = ()
-            total_after = ()
-            for n in tl.static_range(PARTS * HALVES):
-                total_after = total_after + (total[n] * kept,)
-                for b in tl.static_range(EB):
-                    after = after + (state[n * EB + b] * kept,)
-            state = after
-            total = total_after
-            for n in range(rounds * TILES):
-                round = n // TILES
-                other = (chunk * TILES + n % TILES) * C
-                near = start + other + i
-                near_inside = i < length - other
-                near_at = y_token + round * L + near
-                near_log = tl.load(y.log + near_at, mask=near_inside, other=float("-inf"))
-                near_live = near_inside & (near_log != float("-inf"))
-                near_scale = tl.load(y.scale + near_at, mask=near_inside, other=0.0)
-                near_top = tl.load(y.top + near_at, mask=near_inside, other=0.0)
-                if not QUERIES:
-                    y_h = tl.load(h + near_at, mask=near_inside, other=0.0)
-                after = ()
-                total_after = ()
-                for j in tl.static_range(PARTS):
-                    p = feature + j * BP + tl.arange(0, BP)
+            for j in range(parts * EB):
+                b = j % EB                                                   # k_sum goes with the first block of E
+                p = j // EB * BP + tl.arange(0, BP)
+                held = ()
+                total = ()
+                for half in tl.static_range(HALVES):
+                    at, fits = _block(half * P + p, p < P, b * BE + e, E, BE, EVEN)
+                    held = held + (tl.load(kv + at, mask=fits, other=0.0) * kept,)
+                    total = total + (tl.load(k_sum + half * P + p, mask=p + b * P < P, other=0.0) * kept,)
+                for n in range(rounds * TILES):
+                    round = n // TILES
+                    other = (chunk * TILES + n % TILES) * C
+                    near = start + other + i
+                    near_inside = i < length - other
+                    near_at = y_token + round * L + near
+                    near_log = tl.load(y.log + near_at, mask=near_inside, other=float("-inf"))
+                    near_live = near_inside & (near_log != float("-inf"))
+                    near_scale = tl.load(y.scale + near_at, mask=near_inside, other=0.0)
+                    near_top = tl.load(y.top + near_at, mask=near_inside, other=0.0)
+                    if QUERIES:
+                        c = values(v_ptr, v, near, near_live, b * BE + e, E, DOT, EMULATE)
+                    else:
+                        c = grads(g_ptr + round * grad.h, grad, z + q_token + round * L, near, near_live, b * BE + e, E, DOT,
+                                  EMULATE)
+                        y_h = tl.load(h + near_at, mask=near_inside, other=0.0)
                     u = project(y_ptr + round * y.h, y, near, near_live, near_scale, hi, lo, offset, p, D, DP, BD, MEAN_Y, DOT,
                                 EMULATE)
+                    after = ()
+                    total_after = ()
                     for half in tl.static_range(HALVES):
                         y_phi = features(u, near_top, near_live, p, P, KIND, half, EVEN) * share(near_log, top)[:, None]
                         into = operand(y_phi, DOT, EMULATE)
-                        if QUERIES:
-                            total_after = total_after + (total[j * HALVES + half] + tl.sum(into.to(tl.float32), 0),)
-                        else:
-                            gain = tl.sum(into.to(tl.float32) * y_h[:, None], 0)
-                            total_after = total_after + (total[j * HALVES + half] + gain,)
-                        for b in tl.static_range(EB):
-                            if QUERIES:
-                                c = values(v_ptr, v, near, near_live, b * BE + e, E, DOT, EMULATE)
-                            else:
-                                c = grads(g_ptr + round * grad.h, grad, z + q_token + round * L, near, near_live, b * BE + e, E,
-                                          DOT, EMULATE)
-                            held = state[(j * HALVES + half) * EB + b]
-                            after = after + (product(tl.trans(into), c, held, DOT, EMULATE),)
-                state = after
-                total = total_after
+                        after = after + (product(tl.trans(into), c, held[half], DOT, EMULATE),)
+                        gain = tl.sum(into.to(tl.float32) if QUERIES else into.to(tl.float32) * y_h[:, None], 0)
+                        total_after = total_after + (total[half] + gain,)
+                    held = after
+                    total = total_after
+                for half in tl.static_range(HALVES):
+                    at, fits = _block(half * P + p, p < P, b * BE + e, E, BE, EVEN)
+                    tl.store(kv + at, held[half], mask=fits)
+                    tl.store(k_sum + half * P + p, total[half], mask=p + b * P < P)
+        if CAUSAL:
+            # the next chunk reads what this one wrote
+            tl.debug_barrier()
 
-    if LAST:
-        tl.store(d_root + pid, tl.sum(temperature, 0) / t_root)
+    tl.store(d_root + pid, tl.sum(temperature, 0) / t_root)
