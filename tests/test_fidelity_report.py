@@ -60,12 +60,13 @@ def errors(module, x, mechanism, **options):
     return [row.output_error for row in report.rows]
 
 
-def by_hand(module, x, mechanism, is_causal, padded=None):
+def by_hand(module, x, mechanism, is_causal, padded=None, exact_is_causal=None):
     """The same from the module's weights: softmax attention against the mechanism's own weights."""
     q, k, v = nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, -1)
     q, k, v = (y.unflatten(-1, (H, D)).transpose(1, 2).double() for y in (q, k, v))
     scores = q @ k.mT / D**0.5
-    hidden = causal(x.shape[1]) if is_causal else torch.zeros(x.shape[1], x.shape[1], dtype=torch.bool)
+    exact_is_causal = is_causal if exact_is_causal is None else exact_is_causal
+    hidden = causal(x.shape[1]) & torch.tensor(exact_is_causal)
     hidden = hidden if padded is None else hidden | padded[:, None, None]
     exact = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
     other = mechanism.weights(q, k, is_causal=is_causal, key_padding_mask=padded) @ v
@@ -109,6 +110,15 @@ def test_masks_that_mean_the_same_measure_the_same():
     assert errors(module, x, favor, key_padding_mask=padding) == errors(module, x, favor, key_padding_mask=PADDING)
 
 
+def test_a_hint_beside_another_mask_is_what_it_is_in_torch():
+    # without weights to form, the causal mask; with them, the mask that came. Converted, it is causal in either case
+    module, x, none, mechanism = attention(), draw(2, 12, E), torch.zeros(12, 12), longattn.Linear()
+    found = errors(module, x, mechanism, attn_mask=none, is_causal=True)
+    assert found == pytest.approx(by_hand(module, x, mechanism, True), rel=1e-3)
+    found = errors(module, x, mechanism, attn_mask=none, is_causal=True, need_weights=True)
+    assert found == pytest.approx(by_hand(module, x, mechanism, True, exact_is_causal=False), rel=1e-3)
+
+
 def test_padding_changes_nothing():
     module, x, favor = attention(), draw(1, 20, E), Favor(D, 32)
     padded = torch.arange(20)[None] >= 13
@@ -148,13 +158,12 @@ def test_torchs_encoder_cannot_bypass_it(padded, training):
         (f"layers.{i}.self_attn", head) for i in range(2) for head in range(H)
     ]
     # the first layer's input is x itself, dropout is off
-    alone = errors(layer_of(encoder).self_attn, x, Favor(D, 32), key_padding_mask=padded)
+    alone = errors(encoder.layers[0].self_attn, x, Favor(D, 32), key_padding_mask=padded)
     assert [row.output_error for row in report.rows[:H]] == pytest.approx(alone, rel=1e-5)
     assert fidelity_report(encoder, batch, Favor(D, 32), quiet=True) == report
-
-
-def layer_of(encoder):
-    return encoder.layers[0]
+    if padded is not None:
+        nested = torch.nested.as_nested_tensor([y[~hole] for y, hole in zip(x, padded, strict=True)])
+        assert_same_numbers(fidelity_report(encoder, nested, Favor(D, 32), quiet=True), report)
 
 
 def test_decoder_has_rows_for_both_attentions():
@@ -199,7 +208,7 @@ def state_of(model):
     training = [module.training for module in model.modules()]
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     weights = [p.clone() for p in model.parameters()], [p.grad for p in model.parameters()]
-    return training, hooks, weights, torch.backends.mha.get_fastpath_enabled(), torch.get_rng_state().tolist()
+    return training, hooks, weights, torch.get_rng_state().tolist()
 
 
 @pytest.mark.parametrize("fails", [False, True])

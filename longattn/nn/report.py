@@ -225,6 +225,7 @@ def fidelity_report(
     rows: list[Row] = []
     with _exact_eval(model, layers.values()), torch.no_grad(), contextlib.ExitStack() as hooks:
         for observer in observers:
+            # a hook within it is also what keeps torch's encoder layer from computing attention without calling it
             handle = observer.module.register_forward_pre_hook(observer.hook(rows), with_kwargs=True)
             hooks.callback(handle.remove)
         _call(model, batch)
@@ -256,18 +257,15 @@ def _call(model: nn.Module, batch) -> None:
 
 @contextlib.contextmanager
 def _exact_eval(model: nn.Module, layers) -> Iterator[None]:
-    """eval mode, exact attention in our modules, and no way for torch to compute an encoder without calling them."""
+    """eval mode, and exact attention in our modules."""
     training = [(module, module.training) for module in model.modules()]
     ours = [(module, module._mechanism) for module in layers if isinstance(module, MultiheadAttention)]
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         for module, _ in ours:
             module._mechanism = Exact()
-        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mechanism in ours:
             module._mechanism = mechanism
         for module, mode in training:
@@ -354,7 +352,7 @@ class _Observer:
         # torch takes the hint in place of the mask only where it forms no weights
         hint = options["is_causal"] and not (options["need_weights"] and options["attn_mask"] is not None)
         probe = _Probe()
-        twin = sharing(self.module, probe).eval()
+        twin = sharing(self.module, probe)
         # hooks and adapters of out_proj are not called twice
         twin.out_proj = nn.Identity()
         with warnings.catch_warnings():
