@@ -82,7 +82,7 @@ void linear_backward(const py::dict& problem, const py::dict& results) {
   y.out = get("out"), y.normalizer = get("normalizer"), y.row_scale = get("row_scale");
   y.segment = get.slots("segment"), y.partial = get.slots("partial"), y.final_log_scale = get("final_log_scale");
   y.dq = get("dq"), y.dk = get("dk"), y.dv = get("dv"), y.dkv = get("dkv"), y.dk_sum = get("dk_sum");
-  y.dkv_scale = get("dkv_scale"), y.root_q = get("root_q"), y.root_k = get("root_k");
+  y.dkv_scale = get("dkv_scale"), y.root_q = get("root_q"), y.root_k = get("root_k"), y.droot = get("droot");
   const Kernels& kernels = active_kernels();
   py::gil_scoped_release release;
   (x.favor.projection ? kernels.favor_backward : kernels.linear_backward)(x, y);

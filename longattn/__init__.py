@@ -12,10 +12,11 @@ from .nn.report import FidelityReport, fidelity_report
 from .ops._dispatch import explain
 from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
 from .ops.softmax import softmax_attention
-from .state import LinearState
+from .state import FavorState, LinearState
 
 __all__ = [
     "Favor",
+    "FavorState",
     "FidelityReport",
     "Linear",
     "LinearAttentionOutput",

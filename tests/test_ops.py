@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from longattn import LinearState, linear_attention, linear_attention_with_state
 from longattn.ops.linear import Options
 from longattn.testing.assertions import assert_same_bits, check_linear, evaluate, run_linear
-from longattn.testing.cases import DTYPES, LAYOUTS, LINEAR, LinearCase, build, lay_out, segments_of
+from longattn.testing.cases import DTYPES, FAVOR, LAYOUTS, LINEAR, LinearCase, build, lay_out, segments_of
 
-BY_NAME = {case.name: case for case in LINEAR}
+BY_NAME = {case.name: case for case in (*LINEAR, *FAVOR)}
 # one of each kind, for properties that no shape should change
 FEW = [
     BY_NAME[name]
@@ -21,6 +21,10 @@ FEW = [
         "GQA causal",
         "packed with everything",
     )
+]
+FEW_FAVOR = [
+    BY_NAME[f"favor, {name}"]
+    for name in ("GQA causal", "packed with everything", "exact diagonal with everything", "l2 and key mean")
 ]
 
 
@@ -40,12 +44,22 @@ def dtype(request, device):
 
 
 def test_case_names_are_unique():
-    assert len(BY_NAME) == len(LINEAR)
+    assert len(BY_NAME) == len(LINEAR) + len(FAVOR)
 
 
 @pytest.mark.parametrize("case", named(LINEAR))
 def test_errors_stay_within_the_budget(case, impl, dtype, device):
     check_linear(case, dtype, impl, device)
+
+
+@pytest.mark.parametrize("case", named(FAVOR))
+def test_errors_of_favor_stay_within_the_budget(case, kernel, dtype, device):
+    check_linear(case, dtype, kernel, device)
+
+
+@pytest.mark.parametrize("case", named(FAVOR[::3]))
+def test_errors_of_the_favor_reference_stay_within_the_budget(case):
+    check_linear(case, torch.float32, "reference")
 
 
 # layouts
@@ -57,7 +71,7 @@ def same_bits(actual, expected):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", named(FEW))
+@pytest.mark.parametrize("case", named(FEW + FEW_FAVOR))
 def test_any_strides_equal_contiguous(case, layout, impl, device):
     inputs = build(case, torch.float32, device)
     laid = {name: lay_out(getattr(inputs, name), layout) for name in ("q", "k", "v", "grad_output")}

@@ -11,7 +11,7 @@ import torch
 
 from longattn import linear_attention, linear_attention_with_state, native
 from longattn.testing.assertions import assert_same_bits, run_linear
-from longattn.testing.cases import LINEAR, LinearCase, build, segments_of
+from longattn.testing.cases import FAVOR, LINEAR, FavorCase, LinearCase, build, segments_of
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"cpu: {native.missing()}")
 
@@ -24,11 +24,18 @@ LONG = (
     LinearCase("many heads", B=4, H=8, L=200, is_causal=True),
     LinearCase("packed, one long", B=1, H=1, L=3203, D=8, E=8, lengths=(2100, 0, 3, 1100), is_causal=True, state=True),
     LinearCase("packed, not causal", B=1, H=1, L=3203, D=8, E=8, lengths=(2100, 0, 3, 1100)),
-)
+    LinearCase("favor, one head, long", B=1, H=1, L=3000, D=8, E=8, is_causal=True, state=True, favor=FavorCase()),
+    LinearCase("favor, one head, not causal", B=1, H=1, L=3000, D=8, E=8, mask="random", favor=FavorCase("hyperbolic")),
+    LinearCase("favor, exact, long", B=1, H=1, L=3000, D=8, E=8, is_causal=True, favor=FavorCase(exact=True)),
+    LinearCase(
+        "favor, packed, one long", B=1, H=1, L=3203, D=8, E=8, lengths=(2100, 0, 3, 1100), is_causal=True, state=True,
+        favor=FavorCase(),
+    ),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [*LINEAR, *LONG], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*LINEAR, *FAVOR, *LONG], ids=lambda case: case.name)
 def test_the_number_of_threads_changes_no_bit(case, dtype):
     inputs = build(case, dtype)
     with segments_of(case.segment):

@@ -50,7 +50,8 @@ struct LinearBackward {
   StateSlots partial;                 // split: one slot for each segment
   View dq, dk, dv, dkv, dk_sum;
   View dkv_scale;                     // [B or N, H], scratch
-  View root_q, root_k;                // [B, Hq, L], [B, H, S]: what each row adds to the gradient of root; may be empty
+  View root_q, root_k;                // [B, Hq, L], [B, H, S], scratch: what each row adds to the gradient of root
+  View droot;                         // []; without it that gradient is left out
 };
 
 }  // namespace longattn

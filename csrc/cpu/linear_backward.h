@@ -31,8 +31,11 @@ class Backward : Sweeps<T, scaled> {
     if (scaled) {
       expect_shape(y.row_scale, "row_scale", {B, Hq, L});
       expect_shape(y.final_log_scale, "final_log_scale", {N, H});
-      if (y.root_q) expect_shape(y.root_q, "root_q", {B, Hq, L});
-      if (y.root_k) expect_shape(y.root_k, "root_k", {B, H, S});
+      if (y.droot) {
+        expect_shape(y.droot, "droot", {1});
+        expect_shape(y.root_q, "root_q", {B, Hq, L});
+        expect_shape(y.root_k, "root_k", {B, H, S});
+      }
     }
   }
 
@@ -41,6 +44,7 @@ class Backward : Sweeps<T, scaled> {
     else if (x.split) split();
     else serial();
     if (scaled && x.kv) finish_state();
+    if (scaled && y.droot) y.droot.as<T>()[0] = static_cast<T>(sum_rows(y.root_q) + sum_rows(y.root_k));
   }
 
  private:
@@ -142,7 +146,7 @@ class Backward : Sweeps<T, scaled> {
     for (int64_t r = 0; r < rows; ++r) {
       T *g = dx.row(r), *row = raw.row(r);
       if (keys && s.masked[r]) std::fill_n(g, padded<T>(D), T(0));
-      if (root_rows)
+      if (y.droot)
         root_rows.as<T>()[root_at + (reverse ? rows - 1 - r : r)] = dot(g, row, D) / root;
       this->multiply(g, D, root);
       if (!x.favor.l2) continue;
@@ -328,6 +332,13 @@ class Backward : Sweeps<T, scaled> {
         store_keys(s, b, h, first, rows, false);
       }
     });
+  }
+  // in one order, whatever the threads
+  static double sum_rows(const View& rows) {
+    double total = 0;
+    const T* p = rows.as<T>();
+    for (int64_t i = 0, n = rows.elements(); i < n; ++i) total += p[i];
+    return total;
   }
   // the suffix state in units of the incoming state is that state's gradient
   void finish_state() const {

@@ -59,6 +59,7 @@ def backward(
     problem = _Favor(q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, **options)
     dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
     root_q, root_k = (torch.empty(x.shape[:3], dtype=problem.acc) for x in (q, k))
+    droot = torch.empty(1, dtype=problem.acc)
     partial = (None, None, None)
     if problem.split:
         partial = problem.state(slots_of(problem.length, problem.packed, problem.segment))
@@ -66,10 +67,10 @@ def backward(
     results = {
         "grad_out": grad_out, "grad_kv": contiguous(grad_kv), "grad_k_sum": contiguous(grad_k_sum), "out": out,
         "normalizer": normalizer, "row_scale": row_scale, "final_log_scale": final_log_scale, "dq": dq, "dk": dk, "dv": dv,
-        "dkv": dkv, "dk_sum": dk_sum, "dkv_scale": dkv_scale, "root_q": root_q, "root_k": root_k,
+        "dkv": dkv, "dk_sum": dk_sum, "dkv_scale": dkv_scale, "root_q": root_q, "root_k": root_k, "droot": droot,
     }  # fmt: skip
     saved = _named("segment_", (segment_kv, segment_k_sum, segment_log_scale)) | _named("partial_", partial)
     problem.run(extension().linear_backward, results | saved)
     if kv is None:
         dkv, dk_sum = (x.new_empty(0) for x in (dkv, dk_sum))
-    return dq, dk, dv, root_q.sum() + root_k.sum(), dkv, dk_sum
+    return dq, dk, dv, droot.reshape(()), dkv, dk_sum

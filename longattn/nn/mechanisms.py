@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..favor import Favor
 from ..features import FUSED, FeatureMap
 from ..ops import _check
 from ..ops._dispatch import IMPLS, without_autocast
+from ..ops.favor import weights as favor_weights
 from ..ops.linear import linear_attention
 from ..ops.softmax import softmax_attention, softmax_attention_with_weights
 
@@ -90,7 +92,8 @@ class Exact(Mechanism):
 class Linear(Mechanism):
     """Linear attention, `longattn.linear_attention`: a kernel in place of the softmax, linear in the length.
 
-    feature_map: "elu", "relu", "identity", a callable `[..., D] -> [..., M]`, or an nn.Module that is one.
+    feature_map: "elu", "relu", "identity", a callable `[..., D] -> [..., M]`, or an nn.Module that is one, such as
+        `longattn.Favor`, which may also be given as the mechanism itself.
     normalize: divide by the sum of the weights.
     scale: multiplies the weights where normalize=False; None is 1.
     impl: the engine, as in `longattn.linear_attention`.
@@ -128,6 +131,8 @@ class Linear(Mechanism):
         return F.dropout(output, dropout_p) if dropout_p > 0 else output
 
     def weights(self, q, k, *, is_causal, key_padding_mask) -> Tensor:
+        if isinstance(self.feature_map, Favor):
+            return favor_weights(q, k, self.feature_map, is_causal=is_causal, key_padding_mask=key_padding_mask)
         acc = torch.float64 if q.dtype == torch.float64 else torch.float32
         if callable(self.feature_map):
             phi_q, phi_k = self.feature_map(q).to(acc), self.feature_map(k).to(acc)
@@ -148,9 +153,11 @@ class Linear(Mechanism):
 NAMED = {"exact": Exact, "linear": Linear}
 
 
-def resolve(mechanism: str | Mechanism) -> Mechanism:
-    """A mechanism from its name or from itself; ValueError or TypeError in a sentence."""
+def resolve(mechanism: str | Mechanism | Favor) -> Mechanism:
+    """A mechanism from its name, from itself or from a Favor map; ValueError or TypeError in a sentence."""
     examples = "or a description such as longattn.Linear()"
+    if isinstance(mechanism, Favor):
+        return Linear(feature_map=mechanism)
     if isinstance(mechanism, str):
         if mechanism not in NAMED:
             known = ", ".join(map(repr, NAMED))

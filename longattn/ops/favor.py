@@ -363,3 +363,20 @@ def _step(call: Call, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             total, z = total + share * (phi @ kv), z + share * (phi @ k_sum[..., None])
         output = torch.where(z == 0, 0, total / torch.where(z == 0, 1, z))
     return output.reshape(B, Hq, 1, -1).to(call.q.dtype)
+
+
+def weights(q: Tensor, k: Tensor, favor: Favor, *, is_causal: bool, key_padding_mask: Tensor | None) -> Tensor:
+    """The weights `[B, H, L, S]` with which a Favor map sums the values, formed densely."""
+    masks = {"is_causal": is_causal, "key_padding_mask": key_padding_mask, "cu_seqlens": None}
+    options = {"state": None, "favor": favor, "normalize": True, "impl": "reference", "keeps_state": False}
+    call = prepare("weights", q, k, k, **masks, **options)
+    acc, options = accumulator(q.dtype), call.options
+    if key_padding_mask is not None:
+        call = call._replace(k=call.k.masked_fill(key_padding_mask[:, None, :, None], 0))
+    L, S = q.shape[2], k.shape[2]
+    visible, near, _, _ = reference.pairs(L, S, key_padding_mask, None, is_causal, options.exact_diagonal, k)
+    with _dispatch.without_autocast(q.device.type):
+        rows = favor_rows(call.q.to(acc), call.root, options.l2), favor_rows(call.k.to(acc), call.root, options.l2, call.mean)
+        w, _ = reference.favor_weights(*rows, visible, near, call.projection, options.kind)
+        z = w.sum(-1, keepdim=True)                                                            # [B, H, L, 1]
+        return torch.where(z == 0, 0, w / torch.where(z == 0, 1, z)).to(q.dtype)

@@ -20,6 +20,43 @@ from ..features import favor_features, favor_norm, favor_rows
 CHUNK = 64
 
 
+def favor_weights(
+    q: Tensor,                                 # [B, Hq, L, D], rows as exp(q.k) sees them
+    k: Tensor,                                 # [B, H, S, D]
+    visible: Tensor,                           # [B, 1, L, S]
+    near: Tensor,                              # [B, 1, L, S], visible pairs that are exact
+    projection: Tensor,                        # [P, D]
+    kind: str,
+    least: Tensor | float = -math.inf,         # [B, Hq, L], see top
+) -> tuple[Tensor, Tensor]:
+    """-> w exp(-top) `[B, Hq, L, S]` and top `[B, Hq, L, 1]`, the largest logarithm of a row or `least`; no gradient"""
+    groups = q.shape[1] // k.shape[1]
+    (phi_q, b), (phi_k, a) = (favor_features(x, projection, kind) for x in (q, k))
+    k, phi_k, a = (x.repeat_interleave(groups, 1) for x in (k, phi_k, a))
+    logs = (b - math.log(favor_norm(projection, kind)))[..., None] + a[:, :, None]             # [B, Hq, L, S]
+    logs = torch.where(near, q @ k.mT, logs).masked_fill(~visible, -math.inf)
+    top = logs.detach().amax(-1) if k.shape[2] else b.detach() * 0 - math.inf
+    top = torch.maximum(top, torch.as_tensor(least, dtype=top.dtype, device=top.device))
+    top = top.masked_fill(top == -math.inf, 0)[..., None]
+    return torch.where(near, 1, phi_q @ phi_k.mT) * torch.exp(logs - top), top
+
+
+def pairs(
+    L: int, S: int, mask: Tensor | None, cu_seqlens: Tensor | None, is_causal: bool, exact_diagonal: bool, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> visible and near `[B, 1, L, S]`, the sequence of a row `[L]`, live keys by sequence `[B, N, S]`"""
+    B, device = like.shape[0], like.device
+    start = torch.zeros(1, dtype=torch.int64, device=device) if cu_seqlens is None else cu_seqlens[:-1].long()
+    rows, columns = torch.arange(L, device=device), torch.arange(S, device=device)
+    row_in, key_in = (torch.searchsorted(start, x, right=True) - 1 for x in (rows, columns))
+    live = torch.ones(B, S, dtype=torch.bool, device=device) if mask is None else ~mask
+    visible = (row_in[:, None] == key_in) & (columns <= rows[:, None] if is_causal else True)  # [L, S]
+    visible = (visible & live[:, None])[:, None]
+    near = (rows - start[row_in])[:, None] // CHUNK == (columns - start[key_in]) // CHUNK
+    member = (key_in == torch.arange(len(start), device=device)[:, None]) & live[:, None]
+    return visible, visible & near & exact_diagonal, row_in, member
+
+
 def favor_attention(
     q: Tensor,                                 # [B, Hq, L, D]
     k: Tensor,                                 # [B, H, S, D]
@@ -39,47 +76,32 @@ def favor_attention(
     exact_diagonal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> output [B, Hq, L, E], outgoing kv, k_sum and log_scale"""
-    B, L, S, groups = q.shape[0], q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    start = torch.zeros(1, dtype=torch.int64, device=q.device) if cu_seqlens is None else cu_seqlens[:-1].long()
-    rows, columns = torch.arange(L, device=q.device), torch.arange(S, device=q.device)
-    row_in, key_in = (torch.searchsorted(start, x, right=True) - 1 for x in (rows, columns))   # sequence of a token
-    visible = (row_in[:, None] == key_in) & (columns <= rows[:, None] if is_causal else True)  # [L, S]
-    live = torch.ones(B, S, dtype=torch.bool, device=q.device) if mask is None else ~mask
-    visible = (visible & live[:, None])[:, None]                                               # [B, 1, L, S]
-    near = visible & ((rows - start[row_in])[:, None] // CHUNK == (columns - start[key_in]) // CHUNK)
-    near = near & exact_diagonal
-
+    B, groups = q.shape[0], q.shape[1] // k.shape[1]
+    visible, near, row_in, member = pairs(q.shape[2], k.shape[2], mask, cu_seqlens, is_causal, exact_diagonal, k)
     q, k = favor_rows(q, root, l2), favor_rows(k, root, l2, mean)
-    (phi_q, b), (phi_k, a) = favor_features(q, projection, kind), favor_features(k, projection, kind)
-    b = b - math.log(favor_norm(projection, kind))                                             # [B, Hq, L]
-    phi_k, v = (x.masked_fill(~live[:, None, :, None], 0) for x in (phi_k, v))
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)                                   # [B, H, S, E+1]
-    wide_k, wide_phi, wide_values = (x.repeat_interleave(groups, 1) for x in (k, phi_k, values))
-    logs = b[..., None] + a.repeat_interleave(groups, 1)[:, :, None]                           # [B, Hq, L, S]
-    logs = torch.where(near, q @ wide_k.mT, logs).masked_fill(~visible, -math.inf)
-    top = logs.detach().amax(-1) if S else b.detach() * 0 - math.inf                           # [B, Hq, L]
+    values = values.masked_fill(~member.any(1)[:, None, :, None], 0)
+    least, state_of = -math.inf, torch.arange(B, device=q.device)[:, None] if cu_seqlens is None else row_in[None]
+    phi_q, b = favor_features(q, projection, kind)
     if kv is not None:
-        state_in = torch.cat([kv, k_sum[..., None]], -1).repeat_interleave(groups, 1)          # [B or N, Hq, M, E+1]
-        state_of = torch.arange(B, device=q.device)[:, None] if cu_seqlens is None else row_in[None]
-        state_log = b + log_scale.repeat_interleave(groups, 1)[state_of].mT                    # [B, Hq, L]
-        top = torch.maximum(top, state_log.detach())
-    top = top.masked_fill(top == -math.inf, 0)[..., None]
-
-    w = torch.where(near, 1, phi_q @ wide_phi.mT) * torch.exp(logs - top)
-    total = w @ wide_values                                                                    # [B, Hq, L, E+1]
+        incoming = torch.cat([kv, k_sum[..., None]], -1)                                       # [B or N, H, M, E+1]
+        b = b - math.log(favor_norm(projection, kind))
+        least = b + log_scale.repeat_interleave(groups, 1)[state_of].mT                        # [B, Hq, L]
+    w, top = favor_weights(q, k, visible, near, projection, kind, least if kv is None else least.detach())
+    total = w @ values.repeat_interleave(groups, 1)                                            # [B, Hq, L, E+1]
     if kv is not None:
-        read = torch.einsum("bhlm,blhme->bhle", phi_q, state_in[state_of.expand(B, L)])
-        total = total + torch.exp(state_log[..., None] - top) * read
+        wide = incoming.repeat_interleave(groups, 1)[state_of.expand(B, q.shape[2])]
+        total = total + torch.exp(least[..., None] - top) * torch.einsum("bhlm,blhme->bhle", phi_q, wide)
 
-    member = (key_in == torch.arange(len(start), device=q.device)[:, None]) & live[:, None]    # [B, N, S]
+    phi_k, a = favor_features(k, projection, kind)
     a = a[:, None].masked_fill(~member[:, :, None], -math.inf)                                 # [B, N, H, S]
-    scale = a.detach().amax(-1).flatten(0, 1) if S else a.new_full((B * len(start), a.shape[2]), -math.inf)
+    scale = a.detach().amax(-1).flatten(0, 1) if k.shape[2] else a.new_full((B * member.shape[1], k.shape[1]), -math.inf)
     scale = scale if kv is None else torch.maximum(scale, log_scale)                           # [B or N, H]
     finite = scale.masked_fill(scale == -math.inf, 0)
-    share = torch.exp(a - finite.view(B, len(start), -1, 1))                                   # [B, N, H, S]
+    share = torch.exp(a - finite.view(*a.shape[:3], 1))                                        # [B, N, H, S]
     state = torch.einsum("bnhs,bhsm,bhse->bnhme", share, phi_k, values).flatten(0, 1)
     if kv is not None:
-        state = state + torch.exp(log_scale - finite)[..., None, None] * torch.cat([kv, k_sum[..., None]], -1)
+        state = state + torch.exp(log_scale - finite)[..., None, None] * incoming
 
     numerator, z = total[..., :-1], total[..., -1:]
     # the inner where keeps the gradient of a query that sees no key finite

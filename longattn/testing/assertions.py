@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.linear import linear_attention_with_state
+from ..favor import Favor
+from ..ops.linear import linear_attention, linear_attention_with_state
 from ..reference import linear as reference
+from ..reference.favor import favor_attention
 from ..state import LinearState
 from .cases import LinearCase, LinearInputs, build, segments_of
 
@@ -107,10 +109,15 @@ def evaluate(inputs: LinearInputs, call) -> dict[str, Tensor]:
         leaves |= {"dkv": inputs.state.kv, "dk_sum": inputs.state.k_sum}
     # detach keeps the strides: what the caller laid out is what the kernel reads
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    q, k, v, *state = leaves.values()
-    output, (kv, k_sum) = call(q, k, v, LinearState(*state) if state else None)
-    results = {"output": output, "kv": kv, "k_sum": k_sum}
-    weights = (inputs.grad_output, *inputs.grad_state)
+    q, k, v, *sums = leaves.values()
+    state = inputs.state if inputs.state is None else inputs.state._replace(kv=sums[0], k_sum=sums[1])
+    favor = inputs.options["feature_map"]
+    if isinstance(favor, Favor):
+        leaves = leaves | {"dlog_temperature": favor.log_temperature}
+    output, state = call(q, k, v, state)
+    # where a call has no outgoing state
+    results = {"output": output} | ({} if state is None else {"kv": state.kv, "k_sum": state.k_sum})
+    weights = (inputs.grad_output, *inputs.grad_state)[: len(results)]
     # a result that no input reaches (k_sum when there is no key) has no gradient to give
     pairs = [(x, w.to(x.dtype)) for x, w in zip(results.values(), weights, strict=True) if x.requires_grad]
     outputs, grad_outputs = zip(*pairs, strict=True)
@@ -119,7 +126,10 @@ def evaluate(inputs: LinearInputs, call) -> dict[str, Tensor]:
 
 
 def run_linear(inputs: LinearInputs, impl: str) -> dict[str, Tensor]:
-    """The public function with one engine."""
+    """The public function with one engine; without its state where exact_diagonal would split the call."""
+    if getattr(inputs.options["feature_map"], "exact_diagonal", False):
+        assert inputs.state is None
+        return evaluate(inputs, lambda q, k, v, _: (linear_attention(q, k, v, impl=impl, **inputs.options), None))
     return evaluate(
         inputs,
         lambda q, k, v, state: linear_attention_with_state(q, k, v, state=state, impl=impl, **inputs.options),
@@ -129,6 +139,8 @@ def run_linear(inputs: LinearInputs, impl: str) -> dict[str, Tensor]:
 def run_eager(inputs: LinearInputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """The reference's formula with every tensor in `dtype`, the sums included: what plain PyTorch gives."""
     options = inputs.options
+    if isinstance(options["feature_map"], Favor):
+        return _run_eager_favor(inputs, dtype)
     names = {"feature": options["feature_map"], "is_causal": options["is_causal"], "normalize": options["normalize"]}
     names["scale"] = 1.0 if options["scale"] is None else options["scale"]
 
@@ -141,9 +153,24 @@ def run_eager(inputs: LinearInputs, dtype: torch.dtype) -> dict[str, Tensor]:
     return evaluate(inputs, call)
 
 
+def _run_eager_favor(inputs: LinearInputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    options, favor = inputs.options, inputs.options["feature_map"]
+    names = {"kind": favor.kind, "l2": favor.normalize == "l2", "exact_diagonal": favor.exact_diagonal}
+    names["is_causal"] = options["is_causal"]
+    mean = favor.key_mean.to(dtype) if favor.center_keys else None
+
+    def call(q, k, v, state):
+        sums = (None, None, None) if state is None else (x.to(dtype) for x in state[:3])
+        tensors = (options["key_padding_mask"], options["cu_seqlens"], *sums, favor.projection.to(dtype))
+        output, kv, k_sum, _ = favor_attention(q, k, v, *tensors, favor.root.to(dtype), mean, **names)
+        return output, None if favor.exact_diagonal else LinearState(kv, k_sum)
+
+    return evaluate(inputs, call)
+
+
 def _matrix(x: Tensor) -> Tensor:
-    """The sums of features `[B, H, D]` are one row."""
-    return x.unsqueeze(-2) if x.dim() == 3 else x
+    """The sums of features `[B, H, M]` are one row, and so is a scalar."""
+    return x.unsqueeze(-2) if x.dim() == 3 else x.reshape(1, 1, 1, 1) if x.dim() == 0 else x
 
 
 def eager_errors(case: LinearCase, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -179,9 +206,13 @@ def check_linear(case: LinearCase, dtype: torch.dtype, impl: str, device: str = 
         what = f"{name} of {case.name!r} ({dtype}, {impl})"
         expected = inputs.q.dtype if name in ("output", "dq", "dk", "dv") else torch.promote_types(dtype, torch.float32)
         assert x.dtype == expected, f"{what}: dtype {x.dtype}, expected {expected}"
+        if name == "dlog_temperature" and oracle[name] == 0:
+            # no query or no key: nothing to judge by but that
+            assert x == 0, what
+            continue
         factor = GRADIENT_FACTOR if name.startswith("d") else FORWARD_FACTOR
         used[name] = assert_within_budget(what, _matrix(x), _matrix(oracle[name]), eager[name], factor=factor)
-    if dtype == torch.float32 and case.feature != "identity" and actual["output"].numel():
+    if dtype == torch.float32 and case.favor is None and case.feature != "identity" and actual["output"].numel():
         magnitudes = inputs.double()
         magnitudes = magnitudes._replace(v=magnitudes.v.abs())
         if magnitudes.state is not None:

@@ -5,6 +5,7 @@ Every draw comes from a CPU generator, so each device, engine and dtype meets th
 
 from __future__ import annotations
 
+import copy
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..features import FUSED
+from ..favor import Favor
+from ..features import FAVOR_KINDS, FUSED, favor_features, favor_rows
 from ..ops import _prefix
-from ..state import LinearState
+from ..state import FavorState, LinearState
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class FavorCase:
+    """What `longattn.Favor` is made with. `exact` (exact_diagonal) runs without a state, whose tail has tests of its own."""
+
+    kind: str = "positive"
+    n_features: int = 32
+    l2: bool = False
+    center: bool = False
+    exact: bool = False
+    spread: float = 0.8                        # standard deviation of queries and keys
+
+    def build(self, head_dim: int, num_heads: int, device: str = "cpu") -> Favor:
+        normalize = "l2" if self.l2 else None
+        favor = Favor(
+            head_dim, self.n_features, self.kind, normalize=normalize, seed=head_dim, learn_temperature=True,
+            center_keys=self.center, exact_diagonal=self.exact, device=device,
+        )  # fmt: skip
+        if self.center:
+            g = torch.Generator().manual_seed(num_heads)
+            favor.key_mean = torch.randn(num_heads, head_dim, generator=g).to(device) / 4
+        return favor
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,7 @@ class LinearCase:
     lengths: tuple[int, ...] = ()              # of packed sequences; then B = 1 and L is their sum
     state: bool = False
     segment: int | None = None                 # tokens between saved states, where not the op's own choice
+    favor: FavorCase | None = None             # a Favor map in place of `feature`
 
     @property
     def sees_nothing(self) -> bool:
@@ -124,13 +150,80 @@ LINEAR = (
 )  # fmt: skip
 
 
+def _favor(name: str, favor: FavorCase | None = None, **options) -> LinearCase:
+    return LinearCase(f"favor, {name}", favor=favor or FavorCase(), **options)
+
+
+_EXACT = FavorCase(exact=True)
+FAVOR = (
+    # kinds, lengths around chunks and segments
+    *(
+        # a sum of sines must stay away from 0
+        _favor(f"{kind}, causal={causal}", FavorCase(kind, 48, spread=0.3 if kind == "trig" else 0.8), L=130, is_causal=causal, segment=64)
+        for kind in FAVOR_KINDS
+        for causal in (False, True)
+    ),
+    *(_favor(f"L=S={L}, causal={causal}", L=L, is_causal=causal) for L in (2, 63, 64, 65) for causal in (False, True)),
+    _favor("L=1 after a state", L=1, is_causal=True, state=True),
+    _favor("L=1009", L=1009, B=1, H=1, is_causal=True),
+    _favor("L=321 in segments of 64", L=321, is_causal=True, segment=64),
+    _favor("L=40 S=1100", L=40, S=1100, B=1, H=1),
+    _favor("L=37 S=1", L=37, S=1),
+    # dims: 1, odd, register tile edges, wide; few and many features
+    *(
+        _favor(f"head dims {D} and {E}, {M} {kind} features", FavorCase(kind, M, spread=0.3 if kind == "trig" else 0.8), B=1, L=70, D=D, E=E, is_causal=True)
+        for D, E, M, kind in (
+            (1, 5, 2, "hyperbolic"), (3, 1, 1, "positive"), (16, 31, 30, "hyperbolic"), (31, 16, 17, "positive"),
+            (64, 64, 256, "positive"), (64, 64, 256, "hyperbolic"), (100, 64, 99, "positive"), (17, 200, 34, "trig"),
+            (256, 17, 64, "positive"), (8, 3, 31, "relu"),
+        )
+    ),
+    _favor("large state", FavorCase(n_features=256), B=1, H=1, L=200, D=64, E=64, is_causal=True, segment=128),
+    # unit rows, key mean
+    *(_favor(f"l2, causal={causal}", FavorCase(l2=True), L=100, is_causal=causal) for causal in (False, True)),
+    _favor("key mean", FavorCase(center=True), L=100, is_causal=True),
+    _favor("l2 and key mean", FavorCase("hyperbolic", l2=True, center=True), L=100, S=70, mask="random"),
+    # exact_diagonal
+    *(_favor(f"exact diagonal, L={L}", _EXACT, L=L, is_causal=True, segment=64) for L in (2, 63, 64, 65, 200)),
+    _favor("exact diagonal, hyperbolic", FavorCase("hyperbolic", exact=True), L=150, is_causal=True),
+    _favor("exact diagonal, trig", FavorCase("trig", exact=True, spread=0.3), L=150, is_causal=True),
+    _favor(
+        "exact diagonal with everything", FavorCase(exact=True, l2=True, center=True), L=200, is_causal=True, groups=2,
+        mask="random", segment=64,
+    ),
+    _favor("exact diagonal, packed", _EXACT, B=1, L=237, lengths=(40, 0, 190, 7), is_causal=True, segment=64),
+    # masks, shared heads, states, packed sequences
+    *(
+        _favor(f"{mask} masked, causal={causal}", L=130, is_causal=causal, mask=mask, segment=64)
+        for mask in ("tail", "random", "one row", "all")
+        for causal in (False, True)
+    ),
+    _favor("GQA causal", L=90, groups=3, is_causal=True, mask="random", state=True, segment=64),
+    _favor("MQA", H=1, L=33, S=70, groups=4),
+    _favor("state, causal", L=100, is_causal=True, state=True),
+    _favor("state, causal, masked, relu", FavorCase("relu"), L=150, is_causal=True, state=True, mask="random", segment=64),
+    _favor("state, not causal", L=50, S=70, state=True),
+    _favor("state, no keys", L=50, S=0, state=True),
+    _favor("packed causal", B=1, L=267, lengths=(1, 64, 0, 130, 65, 7), is_causal=True, segment=64),
+    _favor("packed", B=1, L=267, lengths=(1, 64, 0, 130, 65, 7)),
+    _favor(
+        "packed with everything", FavorCase("hyperbolic"), B=1, L=133, lengths=(40, 0, 90, 3), is_causal=True, mask="random",
+        state=True, groups=2, segment=64,
+    ),
+    # nothing
+    _favor("B=0", B=0, L=5, is_causal=True),
+    _favor("S=0", L=7, S=0),
+    _favor("L=S=0 after a state", L=0, is_causal=True, state=True),
+)  # fmt: skip
+
+
 class LinearInputs(NamedTuple):
     """What one call takes, and the gradients that come back to it."""
 
     q: Tensor                                  # [B, Hq, L, D]
     k: Tensor                                  # [B, H, S, D]
     v: Tensor                                  # [B, H, S, E]
-    state: LinearState | None
+    state: LinearState | FavorState | None
     options: dict                              # keyword arguments of linear_attention_with_state
     grad_output: Tensor                        # [B, Hq, L, E]
     grad_state: LinearState
@@ -147,8 +240,14 @@ class LinearInputs(NamedTuple):
         """The clean numbers in float64: what the oracle is given."""
         q, k, v, state, options, *grads = self.clean()
         state = None if state is None else state.to(torch.float64)
+        options = {**options, "feature_map": _in_double(options["feature_map"])}
         grad_output, grad_state = (x.to(torch.float64) for x in grads)
         return LinearInputs(q.double(), k.double(), v.double(), state, options, grad_output, grad_state)
+
+
+def _in_double(feature_map):
+    """A Favor map whose parameters are float64, so that numbers derived from them are too."""
+    return copy.deepcopy(feature_map).double() if isinstance(feature_map, Favor) else feature_map
 
 
 def _draw_mask(kind: str, B: int, S: int, generator: torch.Generator) -> Tensor:
@@ -180,6 +279,8 @@ def build(case: LinearCase, dtype: torch.dtype = torch.float32, device: str = "c
     def raw(*shape: int) -> Tensor:
         """What phi is applied to."""
         x = normal(*shape)
+        if case.favor is not None:
+            return x * case.favor.spread
         if case.feature == "identity" and case.normalize:
             # the result is a quotient: features of one sign keep its denominator away from 0
             return x.abs() / 8 + 0.02
@@ -197,13 +298,21 @@ def build(case: LinearCase, dtype: torch.dtype = torch.float32, device: str = "c
         cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0).int().to(device)
     sequences = len(case.lengths) or B
     state = None
-    if case.state:
+    feature_map = case.feature
+    if case.favor is not None:
+        feature_map = case.favor.build(D, H, device)
+        feature_map = feature_map.double() if dtype == torch.float64 else feature_map
+    M = D if case.favor is None else case.favor.n_features
+    if case.state and case.favor is not None:
+        state = _favor_state(case.favor.build(D, H), raw(sequences, H, 7, D), normal(sequences, H, 7, E), dtype)
+        state = state.to(device)
+    elif case.state:
         phi = FUSED[case.feature](raw(sequences, H, 7, D))
         state = LinearState(phi.mT @ normal(sequences, H, 7, E), phi.sum(2))
         state = state.to(device, acc)
-    grad_state = LinearState(normal(sequences, H, D, E) / 8, normal(sequences, H, D) / 8).to(device, acc)
+    grad_state = LinearState(normal(sequences, H, M, E) / 8, normal(sequences, H, M) / 8).to(device, acc)
     options = {
-        "feature_map": case.feature,
+        "feature_map": feature_map,
         "is_causal": case.is_causal,
         "normalize": case.normalize,
         "scale": case.scale,
@@ -213,6 +322,17 @@ def build(case: LinearCase, dtype: torch.dtype = torch.float32, device: str = "c
     }
     q, k, v, grad_output = (x.to(device, dtype) for x in (q, k, v, normal(B, Hq, L, E)))
     return LinearInputs(q, k, v, state, options, grad_output, grad_state)
+
+
+def _favor_state(favor: Favor, k: Tensor, v: Tensor, dtype: torch.dtype) -> FavorState:
+    """The state after these keys; the sums in the accumulator's dtype, an empty tail in that of the inputs."""
+    rows = favor_rows(k, favor.root.double(), favor.normalize == "l2")
+    phi, a = favor_features(rows, favor.projection.double(), favor.kind)
+    log_scale = a.amax(-1)
+    phi = phi * torch.exp(a - log_scale[..., None])[..., None]
+    sums = (x.detach().to(_prefix.accumulator(dtype)) for x in (phi.mT @ v, phi.sum(2), log_scale))
+    tail = (x[:, :, :0].to(dtype) for x in (k, v))
+    return FavorState(*sums, *tail, torch.zeros(k.shape[0], 0, dtype=torch.bool))
 
 
 @contextmanager
