@@ -329,6 +329,8 @@ PLAIN, L2, RELU = Favor(D), Favor(D, normalize="l2"), Favor(D, kind="relu")
         ({"output_error": 0.4, "relative_variance": 1e3}, PLAIN, "normalize"),
         ({"output_error": 0.4, "relative_variance": 1e3, "centred_error": 0.05}, PLAIN, "center_keys"),
         ({"output_error": 0.4, "relative_variance": 1e3, "centred_error": 0.19}, PLAIN, "normalize"),
+        ({"output_error": 0.4, "relative_variance": 5.0}, PLAIN, "more features"),
+        ({"output_error": 0.9, "relative_variance": 5.0}, PLAIN, "normalize"),
         ({"output_error": 0.4, "relative_variance": 1e3}, L2, "raise temperature"),
         ({"output_error": 0.9, "error": 0.05, "averaging": 0.05}, L2, "lower temperature"),
         ({"output_error": 0.9, "error": 0.05}, L2, "fine-tune"),

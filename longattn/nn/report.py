@@ -57,7 +57,8 @@ class Row:
     why: str = ""
 
     def is_noise(self) -> bool:
-        return (self.relative_variance or 0) > fidelity.NOISE
+        # many terms of a sum make up for some noise in each, which a small error shows
+        return (self.relative_variance or 0) > (fidelity.NOISE if self.output_error <= TUNABLE else 1)
 
 
 # the first that holds, for a row and the map (None: the mechanism has none)
