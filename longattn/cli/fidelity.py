@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -18,7 +17,7 @@ from . import _text
 from ._text import InputError
 
 # of the built-in example: long enough for its attention to find words, short enough to wait for
-LENGTH, BATCH, STEPS, SECONDS = 256, 8, 60, 4.0
+LENGTH, BATCH, STEPS, SECONDS = 256, 8, 60, 3.0
 
 
 def add_parser(subparsers) -> None:
@@ -28,21 +27,20 @@ def add_parser(subparsers) -> None:
         description="Runs a model once with exact attention and says, for each layer and head, how far its output "
         "would be off with random features, and what to do about it. Without a factory it trains a small byte-level "
         "Transformer with exact attention for some seconds and looks at that.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # numbers stay text here: run() says in one sentence what is wrong with them
     parser.add_argument(
         "factory", nargs="?", metavar="module:factory", help="a function without arguments that returns (model, batch)"
     )
-    parser.add_argument("--features", metavar="M", default="256", help="random features")
-    parser.add_argument("--kind", default="positive", help=", ".join(FAVOR_KINDS))
-    parser.add_argument("--scaling", default="random", help=" or ".join(SCALINGS))
+    parser.add_argument("--features", metavar="M", default="256", help="random features (default: %(default)s)")
+    parser.add_argument("--kind", default="positive", help=f"{', '.join(FAVOR_KINDS)} (default: %(default)s)")
+    parser.add_argument("--scaling", default="random", help=f"{' or '.join(SCALINGS)} (default: %(default)s)")
     parser.add_argument("--independent", action="store_true", help="independent projections, not orthogonal ones")
-    parser.add_argument("--normalize", help="l2: queries and keys of unit length (default: as they are)")
+    parser.add_argument("--normalize", metavar="l2", help="queries and keys of unit length (default: as they are)")
     parser.add_argument("--temperature", metavar="T", help="of the kernel (default: sqrt(head_dim), 1 with l2)")
     parser.add_argument("--center-keys", action="store_true", help="subtract the mean of the keys")
     parser.add_argument("--exact-diagonal", action="store_true", help="exact within 64 tokens in causal attention")
-    parser.add_argument("--seed", metavar="N", default="0", help="of the projections, and of the built-in model")
+    parser.add_argument("--seed", metavar="N", default="0", help="of the projections, and of the built-in model (default: 0)")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
