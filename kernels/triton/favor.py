@@ -54,8 +54,9 @@ class Tiles(NamedTuple):
 
 # how tl.dot multiplies, kernel, head_dim up to -> tiles; the first that fits is taken
 TILES = (
-    ("bf16", "", 64, Tiles(64, 64, 64, 64, 8, 1)),
-    ("bf16", "", 256, Tiles(32, 64, 64, 64, 8, 1)),
+    ("bf16", "", 64, Tiles(32, 32, 32, 32, 4, 1)),
+    ("bf16", "", 256, Tiles(32, 32, 32, 32, 8, 1)),
+    ("tf32", "", 64, Tiles(32, 32, 32, 32, 4, 1)),
     ("tf32", "", 256, Tiles(32, 32, 32, 32, 8, 1)),
     ("ieee", "", 256, Tiles(32, 16, 16, 32, 8, 1)),
 )

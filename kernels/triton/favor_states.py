@@ -80,9 +80,9 @@ def totals_kernel(x, y, z, h, cu, hi, lo, offset, kv, k_sum, log, heads, groups,
                 a = operand(phi, DOT, EMULATE)
                 after = after + (product(tl.trans(a), b, state[half], DOT, EMULATE),)
                 if QUERIES:
-                    total_after = total_after + (total[half] + tl.sum(a.to(tl.float32) * weight[:, None], 0),)
+                    total_after = total_after + (total[half] + tl.sum(phi * weight[:, None], 0),)
                 else:
-                    total_after = total_after + (total[half] + tl.sum(a.to(tl.float32), 0),)
+                    total_after = total_after + (total[half] + tl.sum(phi, 0),)
             state = after
             total = total_after
 

@@ -189,24 +189,34 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                 p = j * BP + tl.arange(0, BP)
                 u = project(x_ptr, x, rows, x_live, x_scale, hi, lo, offset, p, D, DP, BD, HAS_OFFSET and not QUERIES, DOT,
                             EMULATE)
-                if FUSED:
-                    y_u = project(y_ptr, y, rows, y_live, y_scale, hi, lo, offset, p, D, DP, BD, HAS_OFFSET and QUERIES,
-                                  DOT, EMULATE)
+                mapped = ()
+                held = ()
+                totals = ()
                 for half in tl.static_range(HALVES):
-                    a = operand(features(u, x_top, x_live, p, P, KIND, half, EVEN), DOT, EMULATE)
+                    phi = features(u, x_top, x_live, p, P, KIND, half, EVEN)
                     at, fits = _block(half * P + p, p < P, cols, E, BN, EVEN)
                     state = tl.load(kv + at, mask=fits, other=0.0)
+                    a = operand(phi, DOT, EMULATE)
                     acc = product(a, operand(state, DOT, EMULATE), acc, DOT, EMULATE)
                     if QUERIES:
+                        # of phi before it is rounded: its rounded form is spread over registers for tl.dot
                         total = tl.load(k_sum + half * P + p, mask=p < P, other=0.0)
-                        norm += tl.sum(a.to(tl.float32) * total[None, :], 1)
-                    if FUSED:
-                        phi = features(y_u, y_top, y_live, p, P, KIND, half, EVEN)
-                        w = product(a, tl.trans(operand(phi, DOT, EMULATE)), w, DOT, EMULATE)
-                        b = operand(phi * y_share[:, None], DOT, EMULATE)
-                        tl.store(kv + at, product(tl.trans(b), c_rows, state * kept, DOT, EMULATE), mask=fits)
+                        norm += tl.sum(phi * total[None, :], 1)
+                        totals = totals + (total,)
+                    mapped = mapped + (a,)
+                    held = held + (state,)
+                if FUSED:
+                    u = project(y_ptr, y, rows, y_live, y_scale, hi, lo, offset, p, D, DP, BD, HAS_OFFSET and QUERIES, DOT,
+                                EMULATE)
+                    for half in tl.static_range(HALVES):
+                        phi = features(u, y_top, y_live, p, P, KIND, half, EVEN)
+                        w = product(mapped[half], tl.trans(operand(phi, DOT, EMULATE)), w, DOT, EMULATE)
+                        phi *= y_share[:, None]
+                        at, fits = _block(half * P + p, p < P, cols, E, BN, EVEN)
+                        b = operand(phi, DOT, EMULATE)
+                        tl.store(kv + at, product(tl.trans(b), c_rows, held[half] * kept, DOT, EMULATE), mask=fits)
                         if QUERIES:
-                            tl.store(k_sum + half * P + p, total * kept + tl.sum(b.to(tl.float32), 0), mask=p < P)
+                            tl.store(k_sum + half * P + p, totals[half] * kept + tl.sum(phi, 0), mask=p < P)
             x_share = tl.exp(x_log + top)
             acc *= x_share[:, None]
             norm *= x_share
@@ -319,7 +329,7 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                         b = operand(phi, DOT, EMULATE)
                         after = after + (product(tl.trans(b), c_rows, held[half], DOT, EMULATE),)
                         if QUERIES:
-                            total_after = total_after + (total[half] + tl.sum(b.to(tl.float32), 0),)
+                            total_after = total_after + (total[half] + tl.sum(phi, 0),)
                     held = after
                     total = total_after
                 for half in tl.static_range(HALVES):
@@ -446,13 +456,13 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                 y_top = tl.load(y.top + y_token + rows, mask=inside, other=0.0)
                 y_live = inside & (y_log != float("-inf"))
                 w = tl.zeros([C, C], tl.float32)
-                for b in range(EB):
+                for piece in range(EB):
                     if QUERIES:
-                        a = grads(g_ptr, grad, z + q_token, rows, x_live, b * BE + e, E, DOT, EMULATE)
-                        c = values(v_ptr, v, rows, y_live, b * BE + e, E, DOT, EMULATE)
+                        a = grads(g_ptr, grad, z + q_token, rows, x_live, piece * BE + e, E, DOT, EMULATE)
+                        c = values(v_ptr, v, rows, y_live, piece * BE + e, E, DOT, EMULATE)
                     else:
-                        a = values(v_ptr, v, rows, x_live, b * BE + e, E, DOT, EMULATE)
-                        c = grads(g_ptr, grad, z + q_token, rows, y_live, b * BE + e, E, DOT, EMULATE)
+                        a = values(v_ptr, v, rows, x_live, piece * BE + e, E, DOT, EMULATE)
+                        c = grads(g_ptr, grad, z + q_token, rows, y_live, piece * BE + e, E, DOT, EMULATE)
                     w = product(a, tl.trans(c), w, DOT, EMULATE)
                 if QUERIES:
                     w += h_rows[:, None]
@@ -468,39 +478,44 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
             for j in range(parts):
                 p = j * BP + tl.arange(0, BP)
                 u = project(x_ptr, x, rows, x_live, x_scale, hi, lo, offset, p, D, DP, BD, MEAN_X, DOT, EMULATE)
-                if FUSED:
-                    y_u = project(y_ptr, y, rows, y_live, y_scale, hi, lo, offset, p, D, DP, BD, MEAN_Y, DOT, EMULATE)
                 phi = ()
                 dphi = ()
+                totals = ()
                 for half in tl.static_range(HALVES):
                     phi = phi + (features(u, x_top, x_live, p, P, KIND, half, EVEN),)
                     dhalf = tl.zeros([C, BP], tl.float32)
-                    total = tl.load(k_sum + half * P + p, mask=p < P, other=0.0)
-                    if FUSED:
-                        y_phi = features(y_u, y_top, y_live, p, P, KIND, half, EVEN)
-                        into = operand(y_phi * y_share[:, None], DOT, EMULATE)
-                        gain = tl.sum(into.to(tl.float32) if QUERIES else into.to(tl.float32) * y_h[:, None], 0)
-                        tl.store(k_sum + half * P + p, total * kept + gain, mask=p < P)
-                    for b in range(EB):
+                    for b in tl.static_range(EB):
                         if QUERIES:
                             a = grads(g_ptr, grad, z + q_token, rows, x_live, b * BE + e, E, DOT, EMULATE)
                         else:
                             a = values(v_ptr, v, rows, x_live, b * BE + e, E, DOT, EMULATE)
                         at, fits = _block(half * P + p, p < P, b * BE + e, E, BE, EVEN)
-                        held = tl.load(kv + at, mask=fits, other=0.0)
-                        dhalf = product(a, tl.trans(operand(held, DOT, EMULATE)), dhalf, DOT, EMULATE)
-                        if FUSED:
+                        state = tl.load(kv + at, mask=fits, other=0.0)
+                        dhalf = product(a, tl.trans(operand(state, DOT, EMULATE)), dhalf, DOT, EMULATE)
+                    total = tl.load(k_sum + half * P + p, mask=p < P, other=0.0)
+                    dhalf += h_rows[:, None] * total[None, :]
+                    dphi = dphi + (dhalf * x_share[:, None],)
+                    totals = totals + (total,)
+                if FUSED:
+                    y_u = project(y_ptr, y, rows, y_live, y_scale, hi, lo, offset, p, D, DP, BD, MEAN_Y, DOT, EMULATE)
+                    more = ()
+                    for half in tl.static_range(HALVES):
+                        y_phi = features(y_u, y_top, y_live, p, P, KIND, half, EVEN)
+                        clean = operand(tl.where(broken(y_phi) == 0, y_phi, 0.0), DOT, EMULATE)
+                        more = more + (product(w, clean, dphi[half], DOT, EMULATE),)
+                        y_phi *= y_share[:, None]
+                        gain = tl.sum(y_phi if QUERIES else y_phi * y_h[:, None], 0)
+                        tl.store(k_sum + half * P + p, totals[half] * kept + gain, mask=p < P)
+                        into = tl.trans(operand(y_phi, DOT, EMULATE))
+                        for b in tl.static_range(EB):
                             if QUERIES:
                                 c = values(v_ptr, v, rows, y_live, b * BE + e, E, DOT, EMULATE)
                             else:
                                 c = grads(g_ptr, grad, z + q_token, rows, y_live, b * BE + e, E, DOT, EMULATE)
-                            tl.store(kv + at, product(tl.trans(into), c, held * kept, DOT, EMULATE), mask=fits)
-                    dhalf += h_rows[:, None] * total[None, :]
-                    dhalf *= x_share[:, None]
-                    if FUSED:
-                        y_phi = operand(tl.where(broken(y_phi) == 0, y_phi, 0.0), DOT, EMULATE)
-                        dhalf = product(w, y_phi, dhalf, DOT, EMULATE)
-                    dphi = dphi + (dhalf,)
+                            at, fits = _block(half * P + p, p < P, b * BE + e, E, BE, EVEN)
+                            state = tl.load(kv + at, mask=fits, other=0.0) * kept
+                            tl.store(kv + at, product(into, c, state, DOT, EMULATE), mask=fits)
+                    dphi = more
                 du, part_dots = _through(dphi, u, phi, KIND)
                 dots += part_dots
                 acc = product(operand(du, DOT, EMULATE), weights(hi, p, d, DP, EMULATE), acc, DOT, EMULATE)
@@ -518,13 +533,13 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                         near_scale = tl.load(y.scale + near_at, mask=near_inside, other=0.0)
                         near_ptr = y_ptr + round * y.h
                         w = tl.zeros([C, C], tl.float32)
-                        for b in range(EB):
+                        for piece in range(EB):
                             if QUERIES:
-                                a = grads(g_ptr, grad, z + q_token, rows, x_live, b * BE + e, E, DOT, EMULATE)
-                                c = values(v_ptr, v, near, near_live, b * BE + e, E, DOT, EMULATE)
+                                a = grads(g_ptr, grad, z + q_token, rows, x_live, piece * BE + e, E, DOT, EMULATE)
+                                c = values(v_ptr, v, near, near_live, piece * BE + e, E, DOT, EMULATE)
                             else:
-                                a = values(v_ptr, v, rows, x_live, b * BE + e, E, DOT, EMULATE)
-                                c = grads(g_ptr + round * grad.h, grad, z + q_token + round * L, near, near_live, b * BE + e,
+                                a = values(v_ptr, v, rows, x_live, piece * BE + e, E, DOT, EMULATE)
+                                c = grads(g_ptr + round * grad.h, grad, z + q_token + round * L, near, near_live, piece * BE + e,
                                           E, DOT, EMULATE)
                             w = product(a, tl.trans(c), w, DOT, EMULATE)
                         if QUERIES:
@@ -596,14 +611,14 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
             kept = share(top, top_after)
             top = top_after
             for j in range(parts * EB):
-                b = j % EB                                                   # k_sum goes with the first block of E
+                piece = j % EB                                              # k_sum goes with the first block of E
                 p = j // EB * BP + tl.arange(0, BP)
                 held = ()
                 total = ()
                 for half in tl.static_range(HALVES):
-                    at, fits = _block(half * P + p, p < P, b * BE + e, E, BE, EVEN)
+                    at, fits = _block(half * P + p, p < P, piece * BE + e, E, BE, EVEN)
                     held = held + (tl.load(kv + at, mask=fits, other=0.0) * kept,)
-                    total = total + (tl.load(k_sum + half * P + p, mask=p + b * P < P, other=0.0) * kept,)
+                    total = total + (tl.load(k_sum + half * P + p, mask=p + piece * P < P, other=0.0) * kept,)
                 for n in range(rounds * TILES):
                     round = n // TILES
                     other = (chunk * TILES + n % TILES) * C
@@ -615,9 +630,9 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                     near_scale = tl.load(y.scale + near_at, mask=near_inside, other=0.0)
                     near_top = tl.load(y.top + near_at, mask=near_inside, other=0.0)
                     if QUERIES:
-                        c = values(v_ptr, v, near, near_live, b * BE + e, E, DOT, EMULATE)
+                        c = values(v_ptr, v, near, near_live, piece * BE + e, E, DOT, EMULATE)
                     else:
-                        c = grads(g_ptr + round * grad.h, grad, z + q_token + round * L, near, near_live, b * BE + e, E, DOT,
+                        c = grads(g_ptr + round * grad.h, grad, z + q_token + round * L, near, near_live, piece * BE + e, E, DOT,
                                   EMULATE)
                         y_h = tl.load(h + near_at, mask=near_inside, other=0.0)
                     u = project(y_ptr + round * y.h, y, near, near_live, near_scale, hi, lo, offset, p, D, DP, BD, MEAN_Y, DOT,
@@ -628,14 +643,14 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
                         y_phi = features(u, near_top, near_live, p, P, KIND, half, EVEN) * share(near_log, top)[:, None]
                         into = operand(y_phi, DOT, EMULATE)
                         after = after + (product(tl.trans(into), c, held[half], DOT, EMULATE),)
-                        gain = tl.sum(into.to(tl.float32) if QUERIES else into.to(tl.float32) * y_h[:, None], 0)
+                        gain = tl.sum(y_phi if QUERIES else y_phi * y_h[:, None], 0)
                         total_after = total_after + (total[half] + gain,)
                     held = after
                     total = total_after
                 for half in tl.static_range(HALVES):
-                    at, fits = _block(half * P + p, p < P, b * BE + e, E, BE, EVEN)
+                    at, fits = _block(half * P + p, p < P, piece * BE + e, E, BE, EVEN)
                     tl.store(kv + at, held[half], mask=fits)
-                    tl.store(k_sum + half * P + p, total[half], mask=p + b * P < P)
+                    tl.store(k_sum + half * P + p, total[half], mask=p + piece * P < P)
         if CAUSAL:
             # the next chunk reads what this one wrote
             tl.debug_barrier()
