@@ -3,7 +3,7 @@
 `elu`       elu(x) + 1                (Katharopoulos et al. 2020, eq. 7)
 `relu`      max(x, 0) + 1e-3          (Choromanski et al. 2021, generalised attention)
 `identity`  x, for features that are already mapped
-A callable maps `[..., D] -> [..., M]`; it runs eagerly, with autograd. `longattn.Favor` is a callable that the kernels know.
+A callable maps `[..., D] -> [..., M]`; it runs eagerly, with autograd. `longattn.Favor` is one that the kernels know.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def favor_rows(x: Tensor, root: Tensor | float, l2: bool, mean: Tensor | None = 
 def favor_features(x: Tensor, projection: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """x `[..., D]`, projection `[P, D]` -> phi `[..., M]` with values around 1 or below, and logarithms a `[...]`.
 
-    The features are phi exp(a) favor_norm^(-1/2). For positive features phi = exp(u - max u) and a = max u - |x|^2/2 with
+    The features are phi exp(a) favor_norm^(-1/2). For positive ones phi = exp(u - max u) and a = max u - |x|^2/2 with
     u = projection x (eq. 4 with lemma 1); the maximum cancels, so it carries no gradient.
     """
     u = x @ projection.mT                                                                      # [..., P]

@@ -53,10 +53,10 @@ class FavorState(NamedTuple):
 
     kv: `[B, H, M, E]`, sum of phi(k) v^T in units of exp(log_scale), without the features' factor M^(-1/2).
     k_sum: `[B, H, M]`, sum of phi(k), likewise.
-    log_scale: `[B, H]`, the largest logarithm of a feature so far; -infinity before the first key. It is a unit: gradients
-        pass through kv and k_sum, which stand for the sums only together with it.
-    tail_key `[B, H, t, D]`, tail_value `[B, H, t, E]`, tail_mask bool `[B, t]`: with exact_diagonal the t < 64 keys of the
-        unfinished chunk, in the inputs' dtype; t = 0 otherwise.
+    log_scale: `[B, H]`, the largest logarithm of a feature so far; -infinity before the first key. It is a unit:
+        gradients pass through kv and k_sum, which stand for the sums only together with it.
+    tail_key `[B, H, t, D]`, tail_value `[B, H, t, E]`, tail_mask bool `[B, t]`: with exact_diagonal the t < 64 keys of
+        the unfinished chunk, in the inputs' dtype; t = 0 otherwise.
     B counts sequences (those of `cu_seqlens` when packed), H key/value heads, M features, E value dim, D head dim.
     """
 
@@ -69,7 +69,15 @@ class FavorState(NamedTuple):
 
     @classmethod
     def zeros(
-        cls, batch: int, num_heads: int, n_features: int, value_dim: int, head_dim: int, *, device=None, dtype=torch.float32
+        cls,
+        batch: int,
+        num_heads: int,
+        n_features: int,
+        value_dim: int,
+        head_dim: int,
+        *,
+        device=None,
+        dtype=torch.float32,
     ):
         """The state before the first token."""
         kv, k_sum = LinearState.zeros(batch, num_heads, n_features, value_dim, device=device, dtype=dtype)

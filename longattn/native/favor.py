@@ -13,9 +13,10 @@ _STATE = ("kv", "k_sum", "log_scale")
 
 
 class _Favor(Problem):
-    def __init__(self, q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, *, kind, l2, exact_diagonal,
-                 **options):  # fmt: skip
-        # a projection with every row read once: strides are free, copies are not needed
+    def __init__(
+        self, q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, *, kind, l2, exact_diagonal,
+        **options,
+    ):  # fmt: skip
         self.features = projection.shape[0] * (2 if kind in ("hyperbolic", "trig") else 1)
         self.projections = projection.shape[0]
         super().__init__(q, k, v, mask, cu_seqlens, kv, k_sum, feature="identity", normalize=True, scale=1.0, **options)
@@ -52,8 +53,8 @@ def forward(
 
 
 def backward(
-    grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, out, normalizer,
-    row_scale, segment_kv, segment_k_sum, segment_log_scale, final_log_scale, **options,
+    grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, out,
+    normalizer, row_scale, segment_kv, segment_k_sum, segment_log_scale, final_log_scale, **options,
 ):  # fmt: skip
     """-> dq, dk, dv, droot, dkv, dk_sum (the last two empty where no state came in)"""
     problem = _Favor(q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, **options)
@@ -66,8 +67,9 @@ def backward(
     dkv, dk_sum, dkv_scale = problem.state()
     results = {
         "grad_out": grad_out, "grad_kv": contiguous(grad_kv), "grad_k_sum": contiguous(grad_k_sum), "out": out,
-        "normalizer": normalizer, "row_scale": row_scale, "final_log_scale": final_log_scale, "dq": dq, "dk": dk, "dv": dv,
-        "dkv": dkv, "dk_sum": dk_sum, "dkv_scale": dkv_scale, "root_q": root_q, "root_k": root_k, "droot": droot,
+        "normalizer": normalizer, "row_scale": row_scale, "final_log_scale": final_log_scale,
+        "dq": dq, "dk": dk, "dv": dv, "dkv": dkv, "dk_sum": dk_sum, "dkv_scale": dkv_scale, "root_q": root_q, "root_k": root_k,
+        "droot": droot,
     }  # fmt: skip
     saved = _named("segment_", (segment_kv, segment_k_sum, segment_log_scale)) | _named("partial_", partial)
     problem.run(extension().linear_backward, results | saved)

@@ -48,8 +48,8 @@ _INPUTS = (
     "Tensor projection, Tensor root, Tensor? mean"
 )
 _SAVED = (
-    "Tensor out, Tensor normalizer, Tensor row_scale, Tensor segment_kv, Tensor segment_k_sum, Tensor segment_log_scale, "
-    "Tensor final_log_scale"
+    "Tensor out, Tensor normalizer, Tensor row_scale, Tensor segment_kv, Tensor segment_k_sum, "
+    "Tensor segment_log_scale, Tensor final_log_scale"
 )
 torch.library.define(
     "longattn::_favor_forward", f"({_INPUTS}, {_OPTIONS}, bool save_segments) -> ({', '.join(['Tensor'] * 9)})"
@@ -140,7 +140,8 @@ class _FavorAttention(torch.autograd.Function):
     def backward(ctx, grad_out, *grads):
         grad_kv, grad_k_sum = grads[-3:-1]
         tensors = ctx.saved_tensors
-        q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, out, *saved = tensors
+        q, k, v, _, cu_seqlens, kv, _, _, projection, *_ = tensors
+        out = tensors[INPUTS]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_kv is not None or grad_k_sum is not None:
@@ -180,7 +181,8 @@ def _check_state(op: str, state, count: int, k: Tensor, v: Tensor, favor: Favor)
     M, E, D, t = favor.n_features, v.shape[3], k.shape[3], state.tail_mask.shape[-1]
     expected = {
         "kv": ((*lead, M, E), acc), "k_sum": ((*lead, M), acc), "log_scale": (lead, acc),
-        "tail_key": ((*lead, t, D), k.dtype), "tail_value": ((*lead, t, E), k.dtype), "tail_mask": ((count, t), torch.bool),
+        "tail_key": ((*lead, t, D), k.dtype), "tail_value": ((*lead, t, E), k.dtype),
+        "tail_mask": ((count, t), torch.bool),
     }  # fmt: skip
     for name, (shape, dtype) in expected.items():
         x = getattr(state, name)
@@ -301,8 +303,8 @@ def _attend(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _run_in_chunks(call: Call) -> tuple[Tensor, FavorState]:
-    """exact_diagonal with a state: chunks are counted from the start of the sequence, so the state ends with the last whole
-    chunk, and the keys after it travel with it as they are."""
+    """exact_diagonal with a state: chunks are counted from the start of the sequence, so the state ends with the last
+    whole chunk, and the keys after it travel with it as they are."""
     q, k, v, mask, state = call.q, call.k, call.v, call.mask, call.state
     t, new = (0, k.shape[2]) if state is None else (state.tail_mask.shape[1], k.shape[2])
     if t:
@@ -376,7 +378,8 @@ def weights(q: Tensor, k: Tensor, favor: Favor, *, is_causal: bool, key_padding_
     L, S = q.shape[2], k.shape[2]
     visible, near, _, _ = reference.pairs(L, S, key_padding_mask, None, is_causal, options.exact_diagonal, k)
     with _dispatch.without_autocast(q.device.type):
-        rows = favor_rows(call.q.to(acc), call.root, options.l2), favor_rows(call.k.to(acc), call.root, options.l2, call.mean)
-        w, _ = reference.favor_weights(*rows, visible, near, call.projection, options.kind)
+        rows = favor_rows(call.q.to(acc), call.root, options.l2)
+        columns = favor_rows(call.k.to(acc), call.root, options.l2, call.mean)
+        w, _ = reference.favor_weights(rows, columns, visible, near, call.projection, options.kind)
         z = w.sum(-1, keepdim=True)                                                            # [B, H, L, 1]
         return torch.where(z == 0, 0, w / torch.where(z == 0, 1, z)).to(q.dtype)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native
 from ..favor import Favor
 from ..features import FUSED, FeatureMap
 from ..native import linear as native_linear
@@ -17,6 +16,7 @@ from ..reference import linear as reference
 from ..state import FavorState, LinearState
 from . import _check, _dispatch, favor
 from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
+
 
 class LinearAttentionOutput(NamedTuple):
     """output `[B, Hq, L, E]` in the inputs' dtype, and the state after the last key."""

@@ -1,10 +1,10 @@
 """FAVOR+ attention, written as the formula: the oracle of every kernel.
 
-    o_i = sum_j w_ij v_j / sum_j w_ij,    w_ij = phi(q_i).phi(k_j),  or exp(q_i.k_j / temperature) in the query's own chunk with
-    `exact_diagonal`, over the keys j that query i may see (same sequence, not padded, j <= i if causal)
+    o_i = sum_j w_ij v_j / sum_j w_ij,    w_ij = phi(q_i).phi(k_j), or exp(q_i.k_j / temperature) in the query's own chunk
+    with `exact_diagonal`, over the keys j that query i may see (same sequence, not padded, j <= i if causal)
 
-phi and its logarithms are those of `longattn.features`. Choromanski et al. 2021 (arXiv 2009.14794), eq. 4 and lemma 1; maxima
-are subtracted in log space and cancel, so they carry no gradient. Dense, O(L S) time and memory: for truth, not for speed.
+phi and its logarithms are those of `longattn.features`. Choromanski et al. 2021 (arXiv 2009.14794), eq. 4 and lemma 1;
+maxima are subtracted in log space and cancel, so they carry no gradient. Dense, O(L S) time and memory: for truth.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def favor_attention(
 
     phi_k, a = favor_features(k, projection, kind)
     a = a[:, None].masked_fill(~member[:, :, None], -math.inf)                                 # [B, N, H, S]
-    scale = a.detach().amax(-1).flatten(0, 1) if k.shape[2] else a.new_full((B * member.shape[1], k.shape[1]), -math.inf)
+    nothing = a.new_full((B * member.shape[1], k.shape[1]), -math.inf)
+    scale = a.detach().amax(-1).flatten(0, 1) if k.shape[2] else nothing
     scale = scale if kv is None else torch.maximum(scale, log_scale)                           # [B or N, H]
     finite = scale.masked_fill(scale == -math.inf, 0)
     share = torch.exp(a - finite.view(*a.shape[:3], 1))                                        # [B, N, H, S]

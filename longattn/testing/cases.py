@@ -24,14 +24,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class FavorCase:
-    """What `longattn.Favor` is made with. `exact` (exact_diagonal) runs without a state, whose tail has tests of its own."""
+    """What `longattn.Favor` is made with. `exact` (exact_diagonal) runs without a state: its tail has its own tests."""
 
     kind: str = "positive"
     n_features: int = 32
     l2: bool = False
     center: bool = False
     exact: bool = False
-    spread: float = 0.8                        # standard deviation of queries and keys
+    spread: float = 0                          # standard deviation of queries and keys, where not the kind's own
+
+    @property
+    def deviation(self) -> float:
+        # a sum of sines must stay away from 0
+        return self.spread or (0.3 if self.kind == "trig" else 0.8)
 
     def build(self, head_dim: int, num_heads: int, device: str = "cpu") -> Favor:
         normalize = "l2" if self.l2 else None
@@ -158,8 +163,7 @@ _EXACT = FavorCase(exact=True)
 FAVOR = (
     # kinds, lengths around chunks and segments
     *(
-        # a sum of sines must stay away from 0
-        _favor(f"{kind}, causal={causal}", FavorCase(kind, 48, spread=0.3 if kind == "trig" else 0.8), L=130, is_causal=causal, segment=64)
+        _favor(f"{kind}, causal={causal}", FavorCase(kind, 48), L=130, is_causal=causal, segment=64)
         for kind in FAVOR_KINDS
         for causal in (False, True)
     ),
@@ -171,7 +175,7 @@ FAVOR = (
     _favor("L=37 S=1", L=37, S=1),
     # dims: 1, odd, register tile edges, wide; few and many features
     *(
-        _favor(f"head dims {D} and {E}, {M} {kind} features", FavorCase(kind, M, spread=0.3 if kind == "trig" else 0.8), B=1, L=70, D=D, E=E, is_causal=True)
+        _favor(f"head dims {D} and {E}, {M} {kind} features", FavorCase(kind, M), B=1, L=70, D=D, E=E, is_causal=True)
         for D, E, M, kind in (
             (1, 5, 2, "hyperbolic"), (3, 1, 1, "positive"), (16, 31, 30, "hyperbolic"), (31, 16, 17, "positive"),
             (64, 64, 256, "positive"), (64, 64, 256, "hyperbolic"), (100, 64, 99, "positive"), (17, 200, 34, "trig"),
@@ -186,7 +190,7 @@ FAVOR = (
     # exact_diagonal
     *(_favor(f"exact diagonal, L={L}", _EXACT, L=L, is_causal=True, segment=64) for L in (2, 63, 64, 65, 200)),
     _favor("exact diagonal, hyperbolic", FavorCase("hyperbolic", exact=True), L=150, is_causal=True),
-    _favor("exact diagonal, trig", FavorCase("trig", exact=True, spread=0.3), L=150, is_causal=True),
+    _favor("exact diagonal, trig", FavorCase("trig", exact=True), L=150, is_causal=True),
     _favor(
         "exact diagonal with everything", FavorCase(exact=True, l2=True, center=True), L=200, is_causal=True, groups=2,
         mask="random", segment=64,
@@ -201,14 +205,14 @@ FAVOR = (
     _favor("GQA causal", L=90, groups=3, is_causal=True, mask="random", state=True, segment=64),
     _favor("MQA", H=1, L=33, S=70, groups=4),
     _favor("state, causal", L=100, is_causal=True, state=True),
-    _favor("state, causal, masked, relu", FavorCase("relu"), L=150, is_causal=True, state=True, mask="random", segment=64),
+    _favor("state, masked, relu", FavorCase("relu"), L=150, is_causal=True, state=True, mask="random", segment=64),
     _favor("state, not causal", L=50, S=70, state=True),
     _favor("state, no keys", L=50, S=0, state=True),
     _favor("packed causal", B=1, L=267, lengths=(1, 64, 0, 130, 65, 7), is_causal=True, segment=64),
     _favor("packed", B=1, L=267, lengths=(1, 64, 0, 130, 65, 7)),
     _favor(
-        "packed with everything", FavorCase("hyperbolic"), B=1, L=133, lengths=(40, 0, 90, 3), is_causal=True, mask="random",
-        state=True, groups=2, segment=64,
+        "packed with everything", FavorCase("hyperbolic"), B=1, L=133, lengths=(40, 0, 90, 3), is_causal=True,
+        mask="random", state=True, groups=2, segment=64,
     ),
     # nothing
     _favor("B=0", B=0, L=5, is_causal=True),
@@ -280,7 +284,7 @@ def build(case: LinearCase, dtype: torch.dtype = torch.float32, device: str = "c
         """What phi is applied to."""
         x = normal(*shape)
         if case.favor is not None:
-            return x * case.favor.spread
+            return x * case.favor.deviation
         if case.feature == "identity" and case.normalize:
             # the result is a quotient: features of one sign keep its denominator away from 0
             return x.abs() / 8 + 0.02

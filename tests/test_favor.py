@@ -1,0 +1,517 @@
+"""What FAVOR+ attention must be: its laws, its states, its refusals, and what it converges to."""
+
+import copy
+import math
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+import longattn
+from longattn import Favor, FavorState, linear_attention, linear_attention_with_state
+from longattn.features import FAVOR_KINDS
+from longattn.ops.favor import Options
+from longattn.testing.assertions import assert_near, assert_same_bits, run_linear
+from longattn.testing.cases import FAVOR, FavorCase, LinearCase, build, draw, segments_of
+
+INF, NAN = float("inf"), float("nan")
+BY_NAME = {case.name.removeprefix("favor, "): case for case in FAVOR}
+MAPS = (
+    FavorCase(), FavorCase("hyperbolic"), FavorCase("relu"), FavorCase("trig"), FavorCase(exact=True),
+    FavorCase("hyperbolic", l2=True, center=True, exact=True),
+)  # fmt: skip
+
+
+def qkv(L=150, B=2, H=2, D=8, E=12, spread=0.8, **options):
+    q, k, v = draw((B, H, L, D), (B, H, L, D), (B, H, L, E), **options)
+    return q * spread, k * spread, v
+
+
+def maps(*cases):
+    return pytest.mark.parametrize("case", cases or MAPS, ids=lambda case: f"{case.kind}{'-exact' * case.exact}")
+
+
+# the function
+
+
+@maps()
+def test_gradients_are_those_of_the_function(case, impl):
+    """Through both results of one call into a second: the unit of a state cancels there, as it must."""
+    favor = case.build(3, 1).double()
+    q, k, v = (x.requires_grad_() for x in qkv(L=6, B=1, H=1, D=3, E=2, spread=case.deviation, dtype=torch.float64))
+    mask = torch.tensor([[False, False, True, False]])
+
+    def call(q, k, v, log_temperature):
+        own = copy.deepcopy(favor)
+        del own.log_temperature
+        own.log_temperature = log_temperature
+        options = {"feature_map": own, "is_causal": True, "impl": impl}
+        first, second = ([x[:, :, rows] for x in (q, k, v)] for rows in (slice(0, 4), slice(4, 6)))
+        before, state = linear_attention_with_state(*first, key_padding_mask=mask, **options)
+        after, _ = linear_attention_with_state(*second, state=state, **options)
+        return before, after
+
+    assert gradcheck(call, (q, k, v, favor.log_temperature.detach().requires_grad_()), nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("kind", ["positive", "hyperbolic"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_many_features_converge_to_softmax_attention(kind, is_causal, impl, device):
+    q, k, v = qkv(L=60, B=1, spread=0.4, device=device)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    errors = []
+    for n_features in (64, 4096):
+        draws = []
+        for seed in range(4):
+            favor = Favor(8, n_features, kind, seed=seed, device=device)
+            output = linear_attention(q, k, v, feature_map=favor, is_causal=is_causal, impl=impl)
+            draws.append((output - exact).norm() / exact.norm())
+        errors.append(torch.stack(draws).mean().item())
+    # 64 times the features: an eighth of the error, less what four draws leave to luck
+    assert errors[1] < 0.02
+    assert errors[1] < errors[0] / 3
+
+
+def test_exact_diagonal_is_softmax_attention_inside_one_chunk(impl, device):
+    q, k, v = qkv(L=64, device=device)
+    favor = Favor(8, 2, exact_diagonal=True, device=device)
+    output = linear_attention(q, k, v, feature_map=favor, is_causal=True, impl=impl)
+    assert_near(output, F.scaled_dot_product_attention(q, k, v, is_causal=True), 1e-5)
+
+
+def test_exact_diagonal_lowers_the_error(impl, device):
+    q, k, v = qkv(L=130, B=1, H=4, spread=1.2, device=device)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    errors = []
+    for exact_diagonal in (False, True):
+        favors = [Favor(8, 64, exact_diagonal=exact_diagonal, seed=seed, device=device) for seed in range(4)]
+        outputs = [linear_attention(q, k, v, feature_map=favor, is_causal=True, impl=impl) for favor in favors]
+        errors.append(sum((output - exact).norm().item() for output in outputs))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_the_features_are_those_of_the_fused_map(impl, device):
+    q, k, v = qkv(L=70, device=device)
+    for case in MAPS[:4]:
+        favor = case.build(8, 2, device)
+        fused = linear_attention(q, k, v, feature_map=favor, is_causal=True, impl=impl)
+        called = linear_attention(q, k, v, feature_map=lambda x, favor=favor: favor(x), is_causal=True, impl=impl)
+        assert_near(fused, called, 2e-4 if case.kind == "trig" else 2e-5)
+
+
+def test_unit_rows_make_the_length_of_queries_and_keys_irrelevant(impl, device):
+    q, k, v = qkv(device=device)
+    favor = Favor(8, 32, normalize="l2", device=device)
+    expected = linear_attention(q, k, v, feature_map=favor, impl=impl)
+    for factor in (2.0**-60, 2.0**60):
+        assert_near(linear_attention(factor * q, k * factor, v, feature_map=favor, impl=impl), expected)
+
+
+def test_a_shift_of_the_keys_and_of_their_mean_cancels(impl, device):
+    q, k, v = qkv(device=device)
+    favor = Favor(8, 32, center_keys=True, device=device)
+    results = []
+    for shift in (0.0, 3.0):
+        favor.calibrate(k + shift)
+        results.append(linear_attention(q, k + shift, v, feature_map=favor, is_causal=True, impl=impl))
+    assert_near(results[1], results[0])
+    # without a stored mean a call that is not causal takes that of its own keys
+    favor.key_mean = None
+    assert_near(*(linear_attention(q, k + shift, v, feature_map=favor, impl=impl) for shift in (0.0, 3.0)))
+
+
+def test_centering_lowers_the_error_for_keys_far_from_zero(impl, device):
+    q, k, v = qkv(L=200, B=1, spread=0.5, device=device)
+    k = k + 2
+    exact = F.scaled_dot_product_attention(q, k, v)
+    favors = [Favor(8, 128, center_keys=center, device=device) for center in (False, True)]
+    errors = [(linear_attention(q, k, v, feature_map=favor, impl=impl) - exact).norm().item() for favor in favors]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_the_mean_of_a_call_leaves_out_padded_keys_and_passes_gradients(impl):
+    favor = Favor(4, 16, center_keys=True).double()
+    q, k, v = (x.requires_grad_() for x in qkv(L=5, B=1, H=1, D=4, E=2, dtype=torch.float64))
+    mask = torch.tensor([[False, True, False, False, True]])
+    call = lambda q, k, v: linear_attention(q, k, v, feature_map=favor, key_padding_mask=mask, impl=impl)  # noqa: E731
+    assert gradcheck(call, (q, k, v))
+    poisoned = k.detach().clone()
+    poisoned[:, :, 1] = NAN
+    assert_same_bits("output", call(q, poisoned, v).detach(), call(q, k, v).detach())
+
+
+# order, padding, scale
+
+
+@maps()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_future_tokens_never_change_a_past_bit(dtype, case, kernel, device):
+    favor = case.build(8, 1, device)
+    q, k, v = qkv(L=200, B=1, H=1, dtype=dtype, device=device)
+    with segments_of(64):
+        expected = linear_attention(q, k, v, feature_map=favor, is_causal=True, impl=kernel)
+        for t in (1, 63, 64, 65, 130, 199):
+            for value in ("1000 times", 1e30, INF, NAN):
+                for changed in ("qkv", "k"):
+                    tensors = {name: x.clone() for name, x in zip("qkv", (q, k, v), strict=True)}
+                    for name in changed:
+                        x = tensors[name]
+                        if value == "1000 times":
+                            x[:, :, t] *= 1000
+                        else:
+                            x[:, :, t:] = value
+                    output = linear_attention(*tensors.values(), feature_map=favor, is_causal=True, impl=kernel)
+                    assert_same_bits(f"the past of token {t}", output[:, :, :t], expected[:, :, :t])
+                    # a key made too large may be left without weight, but NaN shows
+                    assert value is not NAN or not torch.equal(output[:, :, t:], expected[:, :, t:])
+
+
+@maps()
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_what_padded_keys_hold_changes_no_bit(is_causal, case, impl, device):
+    if case.exact and not is_causal:
+        pytest.skip("exact_diagonal is causal")
+    made = LinearCase("padded", L=150, D=8, E=12, is_causal=is_causal, mask="random", favor=case)
+    inputs = build(made, torch.float32, device)
+    mask = inputs.options["key_padding_mask"][:, None, :, None]
+    with segments_of(64):
+        results = []
+        for value in (0, 1e6, 3e38, NAN):
+            k, v = (x.masked_fill(mask, value) for x in (inputs.k, inputs.v))
+            results.append(run_linear(inputs._replace(k=k, v=v), impl))
+    for result in results:
+        for name, x in results[0].items():
+            assert_same_bits(name, result[name], x)
+        for name in ("dk", "dv"):
+            assert result[name].masked_select(mask).count_nonzero() == 0
+
+
+@maps()
+@pytest.mark.parametrize("power", [-20, 20])
+def test_extreme_scales_stay_finite_with_finite_gradients(power, case, kernel, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        for is_causal in (True,) if case.exact else (False, True):
+            made = LinearCase("extreme", L=150, D=8, E=12, is_causal=is_causal, favor=case)
+            inputs = build(made, dtype, device)
+            q, k = (x * 2.0**power for x in (inputs.q, inputs.k))
+            with segments_of(64):
+                for name, x in run_linear(inputs._replace(q=q, k=k), kernel).items():
+                    # features of relu at 2^20 square to 2^40, and trig's are e^(+2^40)
+                    assert x.isfinite().all(), (name, dtype, is_causal)
+
+
+def test_a_key_alone_has_all_the_weight_however_large(kernel, device):
+    """No eps: features that are all tiny still divide by their own sum."""
+    q, k, v = qkv(L=1, device=device)
+    for scale in (1.0, 3.0, 10.0):
+        for favor in (Favor(8, 32), Favor(8, 32, "hyperbolic"), Favor(8, 32, exact_diagonal=True)):
+            favor = favor.to(device)
+            output = linear_attention(scale * q, scale * k, v, feature_map=favor, is_causal=True, impl=kernel)
+            assert_near(output, v, 1e-5)
+
+
+def test_the_length_of_a_query_does_not_matter_to_the_sum_of_its_weights(kernel, device):
+    q, k, _ = qkv(L=100, spread=2.0, device=device)
+    ones = torch.ones(2, 2, 100, 3, device=device)
+    for case in MAPS:
+        if case.kind != "trig":
+            favor = case.build(8, 2, device)
+            output = linear_attention(q, k, ones, feature_map=favor, is_causal=True, impl=kernel)
+            assert_near(output, ones, 1e-5)
+
+
+@maps()
+def test_segments_change_nothing_but_rounding(case, kernel, device):
+    q, k, v = qkv(L=400, spread=case.deviation, device=device)
+    favor = case.build(8, 2, device)
+    results = []
+    for segment in (64, 128, 1024):
+        with segments_of(segment):
+            results.append(linear_attention(q, k, v, feature_map=favor, is_causal=True, impl=kernel))
+    assert_near(results[1], results[0], 1e-5)
+    assert_near(results[2], results[0], 1e-5)
+
+
+# states
+
+
+def merge(a: FavorState, b: FavorState) -> FavorState:
+    scale = torch.maximum(a.log_scale, b.log_scale)
+    parts = [torch.exp(x.log_scale - scale)[..., None] for x in (a, b)]
+    kv = sum(x.kv * part[..., None] for x, part in zip((a, b), parts, strict=True))
+    return a._replace(kv=kv, k_sum=sum(x.k_sum * p for x, p in zip((a, b), parts, strict=True)), log_scale=scale)
+
+
+def sums(state: FavorState, scale: torch.Tensor):
+    part = torch.exp(state.log_scale - scale)[..., None]
+    return state.kv * part[..., None], state.k_sum * part
+
+
+def test_states_merge_in_any_grouping(impl, device):
+    q, k, v = qkv(L=200, spread=2.0, device=device)
+    favor = Favor(8, 32, device=device)
+    options = {"feature_map": favor, "is_causal": True, "impl": impl}
+    rows = [slice(0, 3), slice(3, 70), slice(70, 199), slice(199, 200)]
+    a, b, c, d = (linear_attention_with_state(q[:, :, r], k[:, :, r], v[:, :, r], **options).state for r in rows)
+    whole = linear_attention_with_state(q, k, v, **options).state
+    for grouped in (merge(merge(merge(a, b), c), d), merge(a, merge(b, merge(c, d))), merge(merge(a, d), merge(c, b))):
+        for x, y in zip(sums(grouped, whole.log_scale), sums(whole, whole.log_scale), strict=True):
+            assert_near(x, y)
+    assert (whole.log_scale == merge(merge(a, b), merge(c, d)).log_scale).all()
+
+
+@maps()
+@given(cuts=st.lists(st.integers(0, 150), max_size=3))
+def test_splitting_and_carrying_the_state_equals_one_call(case, kernel, device, cuts):
+    q, k, v = qkv(spread=case.deviation, device=device)
+    mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)).to(device) < 0.3
+    options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": kernel}
+    whole = linear_attention(q, k, v, key_padding_mask=mask, **options)
+    state, parts, edges = None, [], [0, *sorted(cuts), 150]
+    for start, stop in pairwise(edges):
+        part = [x[:, :, start:stop] for x in (q, k, v)]
+        output, state = linear_attention_with_state(
+            *part, state=state, key_padding_mask=mask[:, start:stop], **options
+        )
+        parts.append(output)
+    assert_near(torch.cat(parts, 2), whole, 2e-4 if case.kind == "trig" else 2e-5)
+
+
+@maps()
+def test_gradients_flow_through_a_carried_state(case, impl, device):
+    q, k, v = (x.requires_grad_() for x in qkv(spread=case.deviation, dtype=torch.float64))
+    if device == "cuda":
+        pytest.skip("float64 runs on cpu and reference only")
+    options = {"feature_map": case.build(8, 2).double(), "is_causal": True, "impl": impl}
+    weight = draw((2, 2, 150, 12), seed=1, dtype=torch.float64)[0]
+    expected = torch.autograd.grad((linear_attention(q, k, v, **options) * weight).sum(), (q, k, v))
+    for edges in ((0, 70, 150), (0, 64, 65, 150), (0, 1, 149, 150)):
+        state, parts = None, []
+        for start, stop in pairwise(edges):
+            part = [x[:, :, start:stop] for x in (q, k, v)]
+            output, state = linear_attention_with_state(*part, state=state, **options)
+            parts.append(output)
+        grads = torch.autograd.grad((torch.cat(parts, 2) * weight).sum(), (q, k, v))
+        for x, y in zip(grads, expected, strict=True):
+            assert_near(x, y, 1e-10)
+
+
+@maps()
+def test_tokens_one_by_one_equal_one_call(case, impl, device):
+    q, k, v = qkv(L=140, spread=case.deviation, device=device)
+    q = torch.cat([q, 0.5 * q], 1)
+    mask = torch.rand(2, 140, generator=torch.Generator().manual_seed(1)).to(device) < 0.2
+    options = {"feature_map": case.build(8, 2, device), "is_causal": True, "enable_gqa": True, "impl": impl}
+    whole = linear_attention(q, k, v, key_padding_mask=mask, **options)
+    state, steps = None, []
+    with torch.no_grad():
+        for t in range(140):
+            one = [x[:, :, t : t + 1] for x in (q, k, v)]
+            step, state = linear_attention_with_state(*one, state=state, key_padding_mask=mask[:, t : t + 1], **options)
+            steps.append(step)
+    assert_near(torch.cat(steps, 2), whole, 2e-4 if case.kind == "trig" else 2e-5)
+
+
+@maps(MAPS[0], MAPS[4])
+@pytest.mark.parametrize(("L", "S"), [(3, 10), (1, 70), (70, 100), (10, 3)])
+def test_causal_calls_with_a_state_align_the_last_query_with_the_last_key(L, S, case, impl, device):
+    if case.exact and L > S:
+        pytest.skip("refused, tested below")
+    q, k, v = qkv(L=180, device=device)
+    options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": impl}
+    start = 70
+    _, state = linear_attention_with_state(*(x[:, :, :start] for x in (q, k, v)), **options)
+    key, value = (x[:, :, start : start + S] for x in (k, v))
+    query = q[:, :, start + S - L : start + S]
+    output, _ = linear_attention_with_state(query, key, value, state=state, **options)
+    n = min(L, S)
+    expected = linear_attention(*(x[:, :, : start + S] for x in (q, k, v)), **options)[:, :, -n:]
+    assert_near(output[:, :, -n:], expected)
+
+
+@maps(MAPS[0], MAPS[4])
+def test_selected_and_reset_rows_go_on_as_they_would_have(case, kernel, device):
+    q, k, v = qkv(B=3, L=130, device=device)
+    options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": kernel}
+    # a whole chunk, so that a row that starts afresh starts on a chunk's edge
+    _, state = linear_attention_with_state(*(x[:, :, :64] for x in (q, k, v)), **options)
+    tokens = [x[:, :, 64:] for x in (q, k, v)]
+    expected, _ = linear_attention_with_state(*tokens, state=state, **options)
+    order = torch.tensor([2, 0, 0], device=device)
+    chosen, _ = linear_attention_with_state(*(x[order] for x in tokens), state=state.select(order), **options)
+    assert_same_bits("output", chosen, expected[order])
+    fresh, _ = linear_attention_with_state(*tokens, state=state.reset(torch.tensor([1], device=device)), **options)
+    alone, _ = linear_attention_with_state(*(x[1:2] for x in tokens), **options)
+    assert_near(fresh[1:2], alone)
+    assert_same_bits("output", fresh[::2], expected[::2])
+
+
+def test_a_reset_row_forgets_the_tail_of_its_chunk(kernel, device):
+    q, k, v = qkv(L=12, device=device)
+    options = {"feature_map": Favor(8, 16, exact_diagonal=True, device=device), "is_causal": True, "impl": kernel}
+    _, state = linear_attention_with_state(*(x[:, :, :10] for x in (q, k, v)), **options)
+    assert state.tail_mask.shape == (2, 10)
+    last = [x[:, :, 10:11] for x in (q, k, v)]
+    output, _ = linear_attention_with_state(*last, state=state.reset(torch.tensor([0], device=device)), **options)
+    assert_near(output[0], v[0, :, 10:11], 1e-5)
+    assert not torch.allclose(output[1], v[1, :, 10:11], atol=1e-2)
+
+
+def test_a_state_survives_files_and_moves(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    q, k, v = qkv(L=70)
+    _, state = linear_attention_with_state(q, k, v, feature_map=Favor(8, 16, exact_diagonal=True), is_causal=True)
+    safetensors.save_file({name: x.contiguous() for name, x in state._asdict().items()}, tmp_path / "state")
+    loaded = FavorState(**safetensors.load_file(tmp_path / "state"))
+    for other in (loaded, pickle.loads(pickle.dumps(state)), state.detach(), state.to(torch.float32)):
+        for name, x in state._asdict().items():
+            assert_same_bits(name, getattr(other, name), x)
+    assert state.to(torch.float64).tail_mask.dtype == torch.bool
+    assert state.to(torch.float64).kv.dtype == torch.float64
+
+
+@maps(MAPS[0], MAPS[4])
+def test_zeros_is_what_a_call_starts_from(case, impl, device):
+    q, k, v = qkv(L=70, device=device)
+    options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": impl}
+    state = FavorState.zeros(2, 2, 32, 12, 8, device=device)
+    expected = linear_attention_with_state(q, k, v, **options)
+    got = linear_attention_with_state(q, k, v, state=state, **options)
+    assert_near(got.output, expected.output)
+    scale = expected.state.log_scale
+    for x, y in zip(sums(got.state, scale), sums(expected.state, scale), strict=True):
+        assert_near(x, y)
+
+
+# torch's transformations
+
+
+@pytest.mark.parametrize("name", ["GQA causal", "packed with everything", "exact diagonal with everything", "S=0"])
+def test_raw_ops_pass_opcheck(name, kernel, device):
+    inputs = build(BY_NAME[name], torch.float32, device).clean()
+    o, favor = inputs.options, inputs.options["feature_map"]
+    options = Options(favor.kind, favor.normalize == "l2", o["is_causal"], favor.exact_diagonal, 64, kernel)
+    sums = (None, None, None) if inputs.state is None else inputs.state[:3]
+    map_of = (favor.projection, favor.root.detach(), favor.key_mean if favor.center_keys else None)
+    tensors = (*inputs[:3], o["key_padding_mask"], o["cu_seqlens"], *sums, *map_of)
+    for save_segments in (True, False):
+        torch.library.opcheck(torch.ops.longattn._favor_forward, (*tensors, *options, save_segments))
+    *saved, _, _, log_scale = torch.ops.longattn._favor_forward(*tensors, *options, True)
+    for grad_state in (inputs.grad_state, (None, None)):
+        arguments = (inputs.grad_output, *grad_state, *tensors, *saved, log_scale, *options)
+        torch.library.opcheck(torch.ops.longattn._favor_backward, arguments)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@maps(MAPS[0], MAPS[4])
+def test_compiles_whole_with_dynamic_lengths_and_gradients(case, kernel, device):
+    torch._dynamo.reset()
+    favor = case.build(8, 2, device)
+
+    def call(q, k, v):
+        return linear_attention(q, k, v, feature_map=favor, is_causal=True, impl=kernel)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for L in (2, 65, 130):
+        results = []
+        for f in (call, compiled):
+            leaves = [x.requires_grad_() for x in qkv(L=L, device=device)]
+            output = f(*leaves)
+            results.append((output, *torch.autograd.grad(output.square().sum(), (*leaves, favor.log_temperature))))
+        for x, y in zip(*results, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_equals_inputs_of_its_dtype(impl, device):
+    q, k, v = qkv(device=device)
+    favor = Favor(8, 16, device=device)
+    expected = linear_attention(*(x.bfloat16() for x in (q, k, v)), feature_map=favor, impl=impl)
+    with torch.autocast(device, torch.bfloat16):
+        got = linear_attention(q, k, v, feature_map=favor, impl=impl)
+    assert_same_bits("output", got, expected)
+
+
+# as a mechanism
+
+
+@maps()
+def test_the_module_attends_with_the_map(case):
+    torch.manual_seed(0)
+    mha = longattn.nn.MultiheadAttention(16, 2, batch_first=True, mechanism=case.build(8, 2), causal=True)
+    x = torch.randn(2, 70, 16)
+    padding = torch.zeros(2, 70, dtype=torch.bool)
+    padding[0, 50:] = True
+    output, weights = mha(x, x, x, key_padding_mask=padding, average_attn_weights=False)
+    fast, nothing = mha(x, x, x, key_padding_mask=padding, need_weights=False)
+    assert nothing is None
+    assert_near(output, fast)
+    value = (x @ mha.in_proj_weight[32:].T + mha.in_proj_bias[32:]).unflatten(-1, (2, 8)).transpose(1, 2)
+    assert_near(output, mha.out_proj((weights @ value).transpose(1, 2).flatten(2)), 2e-4)
+    assert weights.triu(1).count_nonzero() == 0
+    assert weights[0, ..., 50:].count_nonzero() == 0
+    output.square().sum().backward()
+    assert mha.mechanism.feature_map.log_temperature.grad.isfinite()
+    assert "feature_map.projection" in mha.state_dict()
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "sentence"),
+    [
+        ({}, {"normalize": False}, r"normalize=True removes.*feature_map=lambda x: favor\(x\)"),
+        ({"head_dim": 4}, {}, r"made for head_dim 4, got query and key with 8"),
+        ({"exact_diagonal": True}, {}, r"exact_diagonal needs is_causal=True"),
+        ({"center_keys": True}, {"is_causal": True}, r"center_keys needs a stored mean.*calibrate"),
+        ({}, {"impl": "cuda"}, r"impl='cuda' cannot run"),
+    ],
+)
+def test_bad_calls_are_refused_in_a_sentence(made, options, sentence):
+    favor = Favor(**{"head_dim": 8, "n_features": 16, **made})
+    with pytest.raises(ValueError, match=rf"linear_attention: .*{sentence}"):
+        linear_attention(*qkv(L=5), feature_map=favor, **options)
+
+
+def test_bad_states_are_refused_in_a_sentence():
+    q, k, v = qkv(L=5)
+    options = {"feature_map": Favor(8, 16), "is_causal": True}
+    _, state = linear_attention_with_state(q, k, v, **options)
+    with pytest.raises(TypeError, match="state must be a FavorState, got LinearState"):
+        linear_attention_with_state(q, k, v, state=longattn.LinearState(state.kv, state.k_sum), **options)
+    with pytest.raises(TypeError, match="state must be a LinearState, got FavorState"):
+        linear_attention_with_state(q, k, v, state=state)
+    with pytest.raises(ValueError, match=r"state.k_sum must be .*\[2, 2, 16\]"):
+        linear_attention_with_state(q, k, v, state=state._replace(k_sum=state.k_sum[..., :3]), **options)
+    exact = {**options, "feature_map": Favor(8, 16, exact_diagonal=True)}
+    _, tail = linear_attention_with_state(q, k, v, **exact)
+    with pytest.raises(ValueError, match="holds 5 tokens of an unfinished chunk"):
+        linear_attention_with_state(q, k, v, state=tail, **options)
+    with pytest.raises(ValueError, match="exact_diagonal cannot carry a state with more queries than keys"):
+        linear_attention_with_state(q, k[:, :, :2], v[:, :, :2], state=tail, **exact)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="exact_diagonal cannot carry a state with packed sequences"):
+        linear_attention_with_state(q[:1], k[:1], v[:1], cu_seqlens=cu_seqlens, **exact)
+    wrong = Favor(8, 16, center_keys=True)
+    wrong.calibrate(torch.randn(1, 3, 9, 8))
+    with pytest.raises(ValueError, match="key_mean was measured for 3 heads, got keys with 2"):
+        linear_attention(q, k, v, feature_map=wrong)
+
+
+def test_a_second_derivative_of_the_kernels_is_refused_in_a_sentence(kernel, device):
+    q, k, v = qkv(L=9, device=device)
+    q.requires_grad_()
+    output = linear_attention(q, k, v, feature_map=Favor(8, 16, device=device), impl=kernel)
+    (dq,) = torch.autograd.grad(output.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative; use impl='reference'"):
+        dq.sum().backward()
+
+
+def test_the_table_reaches_every_kind():
+    assert {case.favor.kind for case in FAVOR} == set(FAVOR_KINDS)
+    assert math.isfinite(sum(case.favor.n_features for case in FAVOR))
