@@ -40,7 +40,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--temperature", metavar="T", help="of the kernel (default: sqrt(head_dim), 1 with l2)")
     parser.add_argument("--center-keys", action="store_true", help="subtract the mean of the keys")
     parser.add_argument("--exact-diagonal", action="store_true", help="exact within 64 tokens in causal attention")
-    parser.add_argument("--seed", metavar="N", default="0", help="of the projections, and of the built-in model (default: 0)")
+    parser.add_argument("--seed", metavar="N", default="0", help="of projections and the built-in model (default: 0)")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
@@ -138,11 +138,17 @@ def _report(args) -> FidelityReport:
 
 
 def run(args) -> int:
+    threads = torch.get_num_threads()
+    if args.factory is None:
+        # its tensors are small: on a busy machine threads would spend the time waiting for each other
+        torch.set_num_threads(1)
     try:
         report = _report(args)
     except InputError as error:
         print(f"longattn fidelity: {error}", file=sys.stderr)
         return 2
+    finally:
+        torch.set_num_threads(threads)
     if args.json:
         print(report.to_json())
     else:
