@@ -106,7 +106,7 @@ class Favor(nn.Module):
         if exact_diagonal and kind == "relu":
             why = "exact_diagonal mixes the softmax kernel with its estimate"
             _check.fail("Favor", f"{why}, and kind='relu' estimates another")
-        if not isinstance(seed, int):
+        if not isinstance(seed, int) or isinstance(seed, bool):
             _check.fail("Favor", f"seed must be an integer, got {seed!r}", TypeError)
         if temperature is None:
             temperature = 1.0 if normalize == "l2" else math.sqrt(head_dim)
@@ -140,7 +140,7 @@ class Favor(nn.Module):
     @torch.no_grad()
     def redraw(self, step: int) -> None:
         """New projections, a function of (seed, step): every rank that redraws at the same step gets the same ones."""
-        if not isinstance(step, int):
+        if not isinstance(step, int) or isinstance(step, bool):
             _check.fail("Favor.redraw", f"step must be an integer, got {step!r}", TypeError)
         self.projection.copy_(self._draw(step))
 
@@ -151,6 +151,8 @@ class Favor(nn.Module):
         A causal decoder measures it once on representative data; it stays as it is in training and is saved with the
         module.
         """
+        if not self.center_keys:
+            _check.fail("Favor.calibrate", "this map does not centre keys: make it with center_keys=True")
         self._check_rows("key", key)
         _check.padding_mask("Favor.calibrate", key_padding_mask, key)
         if key.shape[0] * key.shape[2] == 0 or (key_padding_mask is not None and key_padding_mask.all()):

@@ -89,7 +89,7 @@ def test_break_even_below_and_nowhere():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Replaces measuring: exact takes n^2 microseconds, linear 100 n. Returns what was asked for."""
+    """Replaces measuring: exact takes n^2 microseconds, the others 100 n. Returns what was asked for."""
     asked = []
 
     def call(function, mechanism, length, *_):
@@ -108,7 +108,7 @@ def all_points(**limits):
 
 def test_points_beyond_the_time_limit_are_predicted_and_say_so(measured):
     found = all_points(limit_s=0.5, memory=10**9)
-    assert len(found) == 10
+    assert len(found) == 15
     assert [(p.mechanism, p.length) for p in found if p.measured] == measured
     exact = {p.length: p for p in found if p.mechanism == "exact"}
     # 3 n^2 microseconds reach 0.5 s between 400 and 800
@@ -337,6 +337,9 @@ def test_json_document(sample, tmp_path):
     # the three gradients and the output at least
     assert all(p["training_bytes"] > 3 * 4 * 512 * p["length"] for p in points)
     assert set(document["comparison"]["break_even"]["linear"]) == {"forward", "training"}
+    errors = {p["mechanism"]: p["error"] for p in points if p["length"] == 256}
+    assert errors["exact"] is errors["linear"] is None
+    assert 0 < errors["favor"] < 1
     training = document["training"]
     assert [step["step"] for step in training["steps"]] == [1, 2]
     assert training["result"]["steps"] == 2
@@ -360,7 +363,7 @@ def test_interruption_keeps_what_was_measured_and_leaves_nothing_running(sample,
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     last = err.splitlines()[-1]
-    assert last.startswith("longattn demo: interrupted; kept 2 of the points and ")
+    assert last.startswith("longattn demo: interrupted; kept 3 of the points and ")
     assert "Traceback" not in err
     document = json.loads(out)
     assert document["ended"] == "interrupted"

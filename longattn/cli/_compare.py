@@ -11,24 +11,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..favor import Favor
 from ..ops.linear import linear_attention
 from ..ops.softmax import softmax_attention
 from . import _measure
 
 
 class Mechanism(NamedTuple):
-    """attend(q, k, v) on `[B, H, L, D]`, and the power of the length by which its time grows."""
+    """attend(q, k, v) on `[B, H, L, D]`, the power of the length by which its time grows, and whether it is meant to
+    give what exact attention gives."""
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     power: int
+    estimates: bool = False
+
+
+@functools.cache
+def _favor(head_dim: int) -> Favor:
+    return Favor(head_dim, FEATURES, exact_diagonal=True)
+
+
+def _attend_favor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return linear_attention(q, k, v, feature_map=_favor(q.shape[3]), is_causal=True)
 
 
 # the first is what the others are held against; a new mechanism is one line
 MECHANISMS = {
     "exact": Mechanism(functools.partial(softmax_attention, is_causal=True), 2),
     "linear": Mechanism(functools.partial(linear_attention, is_causal=True), 1),
+    "favor": Mechanism(_attend_favor, 1, estimates=True),
 }
 EXACT = "exact"
+FEATURES = 256
+# of queries and keys: random features follow the softmax at such norms, and at norms of 1 they are noise
+DEVIATION = 0.4
+# the error is that of the last queries, which see all keys
+JUDGED = 64
 
 
 class Shape(NamedTuple):
@@ -40,7 +58,11 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One mechanism at one length. Training is forward and backward. Bytes are beyond the inputs."""
+    """One mechanism at one length. Training is forward and backward. Bytes are beyond the inputs.
+
+    error: of the last queries against exact attention, |output - exact| / |exact|; None for exact itself, for a
+    mechanism that does not estimate it, and for points that were not measured.
+    """
 
     mechanism: str
     length: int
@@ -49,6 +71,7 @@ class Point:
     forward_bytes: int
     training_s: float
     training_bytes: int
+    error: float | None = None
 
 
 def lengths(longest: int, shortest: int = 128) -> list[int]:
@@ -66,6 +89,8 @@ def measure_attention(mechanism: str, length: int, shape: Shape, threads: int, s
     generator = torch.Generator().manual_seed(seed)
     size = (1, shape.heads, length, shape.head_dim)
     q, k, v, grad = (torch.randn(size, generator=generator) for _ in range(4))
+    q *= DEVIATION
+    k *= DEVIATION
 
     def forward(n: int | None = None) -> Tensor:
         with torch.no_grad():
@@ -79,7 +104,20 @@ def measure_attention(mechanism: str, length: int, shape: Shape, threads: int, s
     # libraries load and threads start on the first call, which is no cost of the mechanism
     for warm in (forward, training):
         warm(min(length, 128))
-    yield Point(mechanism, length, True, *_measure.sample(forward), *_measure.sample(training))
+    costs = *_measure.sample(forward), *_measure.sample(training)
+    yield Point(mechanism, length, True, *costs, _error(mechanism, q, k, v))
+
+
+def _error(mechanism: str, q: Tensor, k: Tensor, v: Tensor) -> float | None:
+    if not MECHANISMS[mechanism].estimates:
+        return None
+    with torch.no_grad():
+        output = MECHANISMS[mechanism].attend(q, k, v)[:, :, -JUDGED:]
+        n, rows = k.shape[2], output.shape[2]
+        hidden = torch.ones(rows, n, dtype=torch.bool).triu(n - rows + 1)                      # [rows, n]
+        scores = (q[:, :, -rows:] @ k.mT / q.shape[3] ** 0.5).masked_fill(hidden, -math.inf)
+        exact = scores.softmax(-1) @ v
+        return ((output - exact).norm() / exact.norm()).item()
 
 
 def predict(last: Point, length: int) -> Point:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import _measure
-from ._compare import EXACT, BreakEven, Point, Shape, break_evens, scores_bytes
+from ._compare import DEVIATION, EXACT, BreakEven, Point, Shape, break_evens, scores_bytes
 from ._train import Step
 from ._units import digits, seconds, size
 
@@ -22,7 +22,10 @@ SHARE_LOGGED = 0.1
 
 def table(points: Sequence[Point], shape: Shape) -> Table:
     """One row for each mechanism and length; what was predicted is marked."""
-    notes = ["Memory: beyond the inputs. Speed-up: of forward and backward."]
+    notes = [
+        "Memory: beyond the inputs. Speed-up: of forward and backward.",
+        f"Error: of the last queries against exact; queries and keys have a standard deviation of {DEVIATION}.",
+    ]
     if not all(point.measured for point in points):
         notes.insert(0, f"{PREDICTED} not measured: predicted from the longest measured length.")
     view = Table(
@@ -34,7 +37,7 @@ def table(points: Sequence[Point], shape: Shape) -> Table:
     )
     view.add_column("length", justify="right", no_wrap=True)
     view.add_column("attention", no_wrap=True)
-    for name in ("forward", "memory", "+ backward", "memory", "speed-up"):
+    for name in ("forward", "memory", "+ backward", "memory", "speed-up", "error"):
         view.add_column(name, justify="right", no_wrap=True)
     exact = {point.length: point for point in points if point.mechanism == EXACT}
     for point in points:
@@ -43,6 +46,7 @@ def table(points: Sequence[Point], shape: Shape) -> Table:
         costs += (seconds(point.training_s), size(point.training_bytes))
         length = f"{point.length:,}" if point.mechanism == EXACT else ""
         row = (length, point.mechanism, *(mark + cost for cost in costs), _speed_up(exact[point.length], point))
+        row += ("" if point.error is None else f"{100 * point.error:.1f} %",)
         view.add_row(*row, style=style)
     return view
 

@@ -68,8 +68,8 @@ def backward(
     results = {
         "grad_out": grad_out, "grad_kv": contiguous(grad_kv), "grad_k_sum": contiguous(grad_k_sum), "out": out,
         "normalizer": normalizer, "row_scale": row_scale, "final_log_scale": final_log_scale,
-        "dq": dq, "dk": dk, "dv": dv, "dkv": dkv, "dk_sum": dk_sum, "dkv_scale": dkv_scale, "root_q": root_q, "root_k": root_k,
-        "droot": droot,
+        "dq": dq, "dk": dk, "dv": dv, "dkv": dkv, "dk_sum": dk_sum, "dkv_scale": dkv_scale,
+        "root_q": root_q, "root_k": root_k, "droot": droot,
     }  # fmt: skip
     saved = _named("segment_", (segment_kv, segment_k_sum, segment_log_scale)) | _named("partial_", partial)
     problem.run(extension().linear_backward, results | saved)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..favor import Favor
 from ..ops import _check
 from . import masks
 from .mechanisms import Exact, Mechanism, resolve
@@ -19,7 +20,7 @@ WEIGHTS_LIMIT = 2**22
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` with a choice of mechanism: same parameters, init, state_dict and call.
 
-    mechanism: "exact" (softmax), or a description such as `longattn.Linear()`.
+    mechanism: "exact" (softmax), a description such as `longattn.Linear()`, or a `longattn.Favor` map.
     causal: query i sees keys 0..i in every call.
     Other arguments as in torch. `forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
     average_attn_weights=True, is_causal=False)` returns `(output, weights or None)`, where it differs from torch:
@@ -59,6 +60,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         mechanism = resolve(mechanism)
         if (add_bias_kv or add_zero_attn) and not mechanism.takes_attn_mask:
             sentence = f"add_bias_kv and add_zero_attn need mechanism='exact', got {mechanism!r}"
+            _check.fail("MultiheadAttention", sentence)
+        favor = getattr(mechanism, "feature_map", None)
+        if isinstance(favor, Favor) and embed_dim != favor.head_dim * num_heads:
+            sentence = f"this Favor was made for head_dim {favor.head_dim}, got embed_dim {embed_dim} in {num_heads} heads"
             _check.fail("MultiheadAttention", sentence)
         super().__init__(
             embed_dim,

@@ -1,6 +1,6 @@
 """FAVOR+ attention, written as the formula: the oracle of every kernel.
 
-    o_i = sum_j w_ij v_j / sum_j w_ij,    w_ij = phi(q_i).phi(k_j), or exp(q_i.k_j / temperature) in the query's own chunk
+    o_i = sum_j w_ij v_j / sum_j w_ij,    w_ij = phi(q_i).phi(k_j), or exp(q_i.k_j / temperature) in the own chunk
     with `exact_diagonal`, over the keys j that query i may see (same sequence, not padded, j <= i if causal)
 
 phi and its logarithms are those of `longattn.features`. Choromanski et al. 2021 (arXiv 2009.14794), eq. 4 and lemma 1;
