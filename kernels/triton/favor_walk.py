@@ -178,8 +178,6 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
             norm = tl.zeros([C], tl.float32)
             w = tl.zeros([C, C], tl.float32)
             if FUSED:
-                c_rows = values(c_ptr, c, rows, y_live, cols, E, DOT, EMULATE) if QUERIES else grads(
-                    c_ptr, c, z + y_token, rows, y_live, cols, E, DOT, EMULATE)
                 y_scale = tl.load(y.scale + y_token + rows, mask=inside, other=0.0)
                 y_top = tl.load(y.top + y_token + rows, mask=inside, other=0.0)
                 top_after = tl.maximum(top, tl.max(y_log, 0))
@@ -208,6 +206,8 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
                 if FUSED:
                     u = project(y_ptr, y, rows, y_live, y_scale, hi, lo, offset, p, D, DP, BD, HAS_OFFSET and QUERIES, DOT,
                                 EMULATE)
+                    c_rows = values(c_ptr, c, rows, y_live, cols, E, DOT, EMULATE) if QUERIES else grads(
+                        c_ptr, c, z + y_token, rows, y_live, cols, E, DOT, EMULATE)
                     for half in tl.static_range(HALVES):
                         phi = features(u, y_top, y_live, p, P, KIND, half, EVEN)
                         w = product(mapped[half], tl.trans(operand(phi, DOT, EMULATE)), w, DOT, EMULATE)
@@ -225,6 +225,11 @@ def values_kernel(x, y, c, z, r, cu, hi, lo, offset, center, kv, k_sum, log, out
 
             # pairs of the chunk
             if FUSED:
+                # read again: held through the loop above these would fill the registers
+                y_log = tl.load(y.log + y_token + rows, mask=inside, other=float("-inf"))
+                y_live = inside & (y_log != float("-inf"))
+                c_rows = values(c_ptr, c, rows, y_live, cols, E, DOT, EMULATE) if QUERIES else grads(
+                    c_ptr, c, z + y_token, rows, y_live, cols, E, DOT, EMULATE)
                 w = w * tl.exp(x_log[:, None] + y_log[None, :])
                 clean, bad = sealed(c_rows)
                 allowed = _allowed(i, first, first, y_live, C, QUERIES)
