@@ -17,6 +17,7 @@ from longattn.reference.favor import favor_attention
 from longattn.testing.assertions import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget, blocks
 
 HEADS = 8
+NAN, INF = float("nan"), float("inf")
 GRADIENTS = ("dq", "dk", "dv", "d_root", "dkv", "dk_sum")
 
 
@@ -124,7 +125,7 @@ def eager(case: Case, x: dict) -> dict[str, Tensor]:
         kind=case.kind, l2=case.l2, is_causal=case.causal, exact_diagonal=case.exact,
     )  # fmt: skip
     used = {name: x[leaf] for name, leaf in leaves.items() if x[leaf] is not None}
-    loss = ((output * x["grad"]).sum() + (kv * x["grad_kv"]).sum() + (k_sum * x["grad_k_sum"]).sum())
+    loss = (output * x["grad"]).sum() + (kv * x["grad_kv"]).sum() + (k_sum * x["grad_k_sum"]).sum()
     grads = torch.autograd.grad(loss, list(used.values()), allow_unused=True, materialize_grads=True)
     return {"output": output.detach(), "kv": kv.detach(), "k_sum": k_sum.detach(), "log": log.detach()} | dict(
         zip(used, grads, strict=True)
@@ -191,9 +192,9 @@ def check(name: str, dtype: torch.dtype) -> float:
 
 
 def past_sees_no_future() -> None:
-    """A later key, value or query, however strange, changes no earlier output bit; a later one's gradient nothing earlier's."""
+    """A later key, value or query, however strange, changes no earlier output bit."""
     for kind, exact in (("positive", False), ("positive", True), ("relu", False)):
-        q, k, v = torch.randn(3, 1, 1, 150, 8, generator=torch.Generator().manual_seed(1))
+        q, k, v = torch.randn(3, 1, 1, 90, 8, generator=torch.Generator().manual_seed(1))
         projection, root = draw_projection(20, 8), torch.tensor(0.6)
 
         def outputs(q, k, v, kind=kind, exact=exact, projection=projection, root=root):
@@ -202,16 +203,14 @@ def past_sees_no_future() -> None:
             return favor.forward(q, k, v, *rest, projection, root, None, save_segments=False, **options)[:3]
 
         before = outputs(q, k, v)
-        for at in (40, 70, 140):
-            for change in (lambda x: x * 1000, lambda x: x * float("nan"), lambda x: x * float("inf")):
-                for n in range(3):
-                    changed = [q.clone(), k.clone(), v.clone()]
-                    changed[n][:, :, at] = change(changed[n][:, :, at])
-                    after = outputs(*changed)
-                    for x, y in zip(before, after, strict=True):
-                        assert torch.equal(x[:, :, :at], y[:, :, :at]), f"{kind}, exact={exact}: token {at} reached the past"
-                    if n and not changed[n][:, :, at].isfinite().all():
-                        assert not after[0][:, :, at:].isfinite().any(), "what is not finite must not vanish"
+        for at, n, factor in ((40, 1, 1000), (40, 1, NAN), (70, 2, NAN), (40, 2, INF), (40, 0, NAN), (70, 1, INF)):
+            changed = [q.clone(), k.clone(), v.clone()]
+            changed[n][:, :, at] *= factor
+            after = outputs(*changed)
+            for x, y in zip(before, after, strict=True):
+                assert torch.equal(x[:, :, :at], y[:, :, :at]), f"{kind}, exact={exact}: token {at} reached the past"
+            if n and factor != 1000:
+                assert not after[0][:, :, at:].isfinite().any(), "what is not finite must not vanish"
 
 
 VERBOSE = False
