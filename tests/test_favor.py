@@ -478,6 +478,11 @@ def test_bad_calls_are_refused_in_a_sentence(made, options, sentence):
         linear_attention(*qkv(L=5), feature_map=favor, **options)
 
 
+def test_a_map_for_other_heads_is_refused_by_the_module():
+    with pytest.raises(ValueError, match="made for head_dim 8, got embed_dim 12 in 3 heads"):
+        longattn.nn.MultiheadAttention(12, 3, mechanism=Favor(8))
+
+
 def test_bad_states_are_refused_in_a_sentence():
     q, k, v = qkv(L=5)
     options = {"feature_map": Favor(8, 16), "is_causal": True}

@@ -258,6 +258,10 @@ def test_features_are_the_papers(normalize):
         torch.testing.assert_close(favor(x), expected, rtol=1e-6, atol=1e-12)
 
 
+def centring() -> Favor:
+    return Favor(4, center_keys=True)
+
+
 BAD = [
     (lambda: Favor(0), ValueError, "head_dim must be a positive integer, got 0"),
     (lambda: Favor(4.0), ValueError, "head_dim must be a positive integer, got 4.0"),
@@ -277,15 +281,17 @@ BAD = [
     (lambda: Favor(4, 8, "relu", exact_diagonal=True), ValueError, "kind='relu' estimates another"),
     (lambda: Favor(4).redraw(1.0), TypeError, "step must be an integer, got 1.0"),
     (lambda: Favor(4)(torch.ones(3, 5)), ValueError, "x must be [..., 4], got float32 [3, 5] on cpu"),
-    (lambda: Favor(4).calibrate(torch.ones(3, 4)), ValueError, "key must be [batch, heads, length, 4]"),
-    (lambda: Favor(4).calibrate(torch.ones(2, 1, 0, 4)), ValueError, "there must be a key that is not padded"),
+    (lambda: centring().calibrate(torch.ones(3, 4)), ValueError, "key must be [batch, heads, length, 4]"),
+    (lambda: Favor(4).calibrate(torch.ones(1, 1, 3, 4)), ValueError, "make it with center_keys=True"),
+    (lambda: Favor(4, seed=True), TypeError, "seed must be an integer, got True"),
+    (lambda: centring().calibrate(torch.ones(2, 1, 0, 4)), ValueError, "there must be a key that is not padded"),
     (
-        lambda: Favor(4).calibrate(torch.ones(2, 1, 3, 4), torch.ones(2, 3, dtype=torch.bool)),
+        lambda: centring().calibrate(torch.ones(2, 1, 3, 4), torch.ones(2, 3, dtype=torch.bool)),
         ValueError,
         "there must be a key that is not padded",
     ),
     (
-        lambda: Favor(4).calibrate(torch.ones(2, 1, 3, 4), torch.ones(3, 2, dtype=torch.bool)),
+        lambda: centring().calibrate(torch.ones(2, 1, 3, 4), torch.ones(3, 2, dtype=torch.bool)),
         ValueError,
         "key_padding_mask must be bool [B, S] = [2, 3]",
     ),

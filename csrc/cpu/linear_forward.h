@@ -36,13 +36,13 @@ class Forward : Sweeps<T, scaled> {
 
   bool in_pairs() const { return has_pairs && x.q.dtype == DType::bf16; }
   void pair_across_state(Scratch<T>& s) const {
-    if constexpr (std::is_same_v<T, float>) pair_across(M, E, s.state.current, s.state_pairs);
+    if constexpr (has_pairs && std::is_same_v<T, float>) pair_across(M, E, s.state.current, s.state_pairs);
   }
   void scores_in_pairs(Scratch<T>& s, int64_t rows, Matrix<T> p) const {
-    if constexpr (std::is_same_v<T, float>) scores(rows, (M + 1) / 2, s.q_pairs, s.k_pairs_transposed, p);
+    if constexpr (has_pairs && std::is_same_v<T, float>) scores(rows, (M + 1) / 2, s.q_pairs, s.k_pairs_transposed, p);
   }
   void outputs_in_pairs(Scratch<T>& s, int64_t rows, Matrix<T> p, const T* share) const {
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (has_pairs && std::is_same_v<T, float>) {
       Within<T, Pair> own{};
       if (p.p) {
         pair_along(rows, padded<T>(rows), p, s.p_pairs);
@@ -52,7 +52,7 @@ class Forward : Sweeps<T, scaled> {
     }
   }
   void pair_keys(Scratch<T>& s, int64_t rows) const {
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (has_pairs && std::is_same_v<T, float>) {
       pair_along(padded<T>(rows), M, s.k, s.k_pairs);
       // a transpose of 32-bit lanes keeps the pairs together
       transpose(reinterpret_cast<float*>(s.k_pairs.p), s.k_pairs.ld, rows, (M + 1) / 2,
@@ -61,7 +61,7 @@ class Forward : Sweeps<T, scaled> {
     }
   }
   void pair_values(Scratch<T>& s, int64_t rows) const {
-    if constexpr (std::is_same_v<T, float>) pair_across(rows, E, s.v, s.v_pairs);
+    if constexpr (has_pairs && std::is_same_v<T, float>) pair_across(rows, E, s.v, s.v_pairs);
   }
 
   // ---- one chunk
@@ -78,7 +78,7 @@ class Forward : Sweeps<T, scaled> {
       if (in_pairs()) pair_values(s, rows);
     }
     if (in_pairs()) {
-      if constexpr (std::is_same_v<T, float>)
+      if constexpr (has_pairs && std::is_same_v<T, float>)
         accumulate((rows + 1) / 2, M, s.key_features, s.v_pairs, E, s.state, weighed);
     } else {
       accumulate(rows, M, s.k_transposed, s.v, E, s.state, weighed);
@@ -145,7 +145,7 @@ class Forward : Sweeps<T, scaled> {
     if (in_pairs()) pair_across_state(s);
     for (int64_t head = h * groups; head < (h + 1) * groups; ++head) {
       this->load_queries(s, b, head, first, rows, false);
-      if constexpr (std::is_same_v<T, float>)
+      if constexpr (has_pairs && std::is_same_v<T, float>)
         if (in_pairs()) pair_along(rows, M, s.q, s.q_pairs);
       if (scaled) weights(s, rows, p);
       else if (p.p && in_pairs()) scores_in_pairs(s, rows, p);

@@ -39,7 +39,7 @@ constexpr int64_t per = std::is_same_v<A, Pair> ? 2 : 1;
 
 // p[i][j] = a_i . b_j for j <= i, with b_transposed [depth][rows]; above the diagonal p is unspecified
 template <class T, class A>
-inline void scores(int64_t rows, int64_t depth, Matrix<A> a, Matrix<A> b_transposed, Matrix<T> p) {
+void scores(int64_t rows, int64_t depth, Matrix<A> a, Matrix<A> b_transposed, Matrix<T> p) {
   for_tiles<T>(rows, padded<T>(rows), [&](auto R, auto N, int64_t row, int64_t column) {
     if (column >= row + R) return;
     Tile<T, R, N> tile;
@@ -60,7 +60,7 @@ struct Within {
 // y = tril(p) c + share (a state), with state [depth][columns]; either part may be left out (null), and y may be added to.
 // share: a factor for each row, or null for 1
 template <class T, class A>
-inline void outputs(int64_t rows, Within<T, A> own, int64_t depth, Matrix<A> a, Matrix<A> state, int64_t columns,
+void outputs(int64_t rows, Within<T, A> own, int64_t depth, Matrix<A> a, Matrix<A> state, int64_t columns,
                     Matrix<T> y, bool add, const T* share = nullptr) {
   static_assert(tile_rows % per<A> == 0);
   for_tiles<T>(rows, padded<T>(columns), [&](auto R, auto N, int64_t row, int64_t column) {
@@ -119,7 +119,7 @@ inline Shares<T> raise(State<T>& state, T top) {
 
 // local += b^T c over the rows, current = base + local; with shares, each times its own
 template <class T, class A>
-inline void accumulate(int64_t rows, int64_t depth, Matrix<A> b_transposed, Matrix<A> c, int64_t columns,
+void accumulate(int64_t rows, int64_t depth, Matrix<A> b_transposed, Matrix<A> c, int64_t columns,
                        const State<T>& state, const Shares<T>* shares = nullptr) {
   for_tiles<T>(depth, padded<T>(columns), [&](auto R, auto N, int64_t row, int64_t column) {
     Tile<T, R, N> tile;
@@ -161,7 +161,7 @@ inline void pair_across(int64_t rows, int64_t n, Matrix<float> from, Matrix<Pair
 // z_i = sum_{j <= i} p[i][j] + share_i (a_i . sums) for a square of rows at a time; p and share may be null, a is
 // zero-padded
 template <class T>
-inline void normalizers(int64_t rows, Matrix<T> p, int64_t depth, Matrix<T> a, const T* sums, T* z,
+void normalizers(int64_t rows, Matrix<T> p, int64_t depth, Matrix<T> a, const T* sums, T* z,
                         const T* share = nullptr) {
   constexpr int W = width<T>;
   V<T> lane;
@@ -191,5 +191,20 @@ inline void normalizers(int64_t rows, Matrix<T> p, int64_t depth, Matrix<T> a, c
     store(z + first, total);
   }
 }
+
+// compiled once, in prefix.cpp: a chunk's work is worth a call
+#define LONGATTN_PRODUCTS(extern_, T, A)                                                                              \
+  extern_ template void scores<T, A>(int64_t, int64_t, Matrix<A>, Matrix<A>, Matrix<T>);                              \
+  extern_ template void outputs<T, A>(int64_t, Within<T, A>, int64_t, Matrix<A>, Matrix<A>, int64_t, Matrix<T>, bool, \
+                                      const T*);                                                                      \
+  extern_ template void accumulate<T, A>(int64_t, int64_t, Matrix<A>, Matrix<A>, int64_t, const State<T>&,            \
+                                         const Shares<T>*);
+#define LONGATTN_NORMALIZERS(extern_, T) \
+  extern_ template void normalizers<T>(int64_t, Matrix<T>, int64_t, Matrix<T>, const T*, T*, const T*);
+LONGATTN_PRODUCTS(extern, float, float)
+LONGATTN_PRODUCTS(extern, double, double)
+LONGATTN_PRODUCTS(extern, float, Pair)
+LONGATTN_NORMALIZERS(extern, float)
+LONGATTN_NORMALIZERS(extern, double)
 
 }  // namespace longattn::LONGATTN_ISA
