@@ -479,7 +479,7 @@ def test_bad_calls_are_refused_in_a_sentence(made, options, sentence):
 
 
 def test_a_map_for_other_heads_is_refused_by_the_module():
-    with pytest.raises(ValueError, match="made for head_dim 8, got embed_dim 12 in 3 heads"):
+    with pytest.raises(ValueError, match="is for head_dim 8, got embed_dim 12 in 3 heads"):
         longattn.nn.MultiheadAttention(12, 3, mechanism=Favor(8))
 
 

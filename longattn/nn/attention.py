@@ -63,7 +63,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             _check.fail("MultiheadAttention", sentence)
         favor = getattr(mechanism, "feature_map", None)
         if isinstance(favor, Favor) and embed_dim != favor.head_dim * num_heads:
-            sentence = f"this Favor was made for head_dim {favor.head_dim}, got embed_dim {embed_dim} in {num_heads} heads"
+            sentence = f"this Favor is for head_dim {favor.head_dim}, got embed_dim {embed_dim} in {num_heads} heads"
             _check.fail("MultiheadAttention", sentence)
         super().__init__(
             embed_dim,
