@@ -13,7 +13,7 @@ os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 import torch
 import triton
-from longattn.kernels import linear
+from longattn.kernels import favor, linear
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -78,14 +78,33 @@ def forward_and_backward(dtype: torch.dtype, D: int, E: int, is_causal: bool, st
     linear.backward(out, new_kv, new_k_sum, *tensors, out, z, *segments, **options)
 
 
+def favor_forward_and_backward(
+    dtype: torch.dtype, D: int, E: int, is_causal: bool, state: bool, *, kind: str, P: int, exact: bool
+) -> None:
+    B, H, L = 1, 2, 300
+    q, k, v = (torch.zeros(B, H, L, d, dtype=dtype) for d in (D, D, E))
+    M = P * (2 if kind in ("hyperbolic", "trig") else 1)
+    mask = torch.zeros(B, L, dtype=torch.bool) if state else None
+    given = (torch.zeros(B, H, M, E), torch.zeros(B, H, M), torch.zeros(B, H)) if state else (None,) * 3
+    options = {"kind": kind, "l2": False, "is_causal": is_causal, "exact_diagonal": exact, "segment": 64}
+    tensors = (q, k, v, mask, None, *given, torch.zeros(P, D), torch.ones(()), None)
+    out, z, r, *segments, kv, k_sum, log = favor.forward(*tensors, save_segments=True, **options)
+    favor.backward(out, kv, k_sum, *tensors, out, z, r, *segments, log, **options)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
     knobs.nvidia.dump_ptxas_log = True
     spilled: list[str] = []
     compile_instead(spilled)
     for case in sys.argv[2:]:
-        name, D, E, causal, state = case.split(",")
+        name, D, E, causal, state, *of_favor = case.split(",")
         print(f"-- {case}", flush=True)
-        forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", state == "state")
+        common = (getattr(torch, name), int(D), int(E), causal == "causal", state == "state")
+        if of_favor:
+            kind, P, exact = of_favor
+            favor_forward_and_backward(*common, kind=kind, P=int(P), exact=exact == "exact")
+        else:
+            forward_and_backward(*common)
     if spilled:
         sys.exit(f"registers spilled in {', '.join(spilled)}")

@@ -19,16 +19,34 @@ CASES = {
     ),
     100: ("bfloat16,64,64,causal,plain", "float32,64,64,causal,plain"),
 }
+# FAVOR+: kind, projections and whether the diagonal is exact come last
+FAVOR_CASES = {
+    80: ("bfloat16,64,64,causal,state,positive,256,estimated",),
+    90: ("bfloat16,64,64,causal,state,positive,256,estimated",),
+    100: ("bfloat16,64,64,causal,state,positive,256,estimated",),
+}
+
+
+def compile_cases(capability: int, cases: tuple[str, ...]) -> str:
+    pytest.importorskip("triton")
+    script = ROOT / "tests" / "compile_triton.py"
+    command = [sys.executable, str(script), str(capability), *cases]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
 
 
 @pytest.mark.parametrize("capability", CASES)
 def test_triton_kernels_compile_without_spills(capability):
-    pytest.importorskip("triton")
-    script = ROOT / "tests" / "compile_triton.py"
-    command = [sys.executable, str(script), str(capability), *CASES[capability]]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("product_kernel") >= 4 * len(CASES[capability]) - 4
+    compiled = compile_cases(capability, CASES[capability])
+    assert compiled.count("product_kernel") >= 4 * len(CASES[capability]) - 4
+
+
+@pytest.mark.parametrize("capability", FAVOR_CASES)
+def test_favor_kernels_compile_without_spills(capability):
+    compiled = compile_cases(capability, FAVOR_CASES[capability])
+    for kernel in ("rows_kernel", "totals_kernel", "scan_kernel", "weight_kernel", "values_kernel", "points_kernel"):
+        assert kernel in compiled
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")

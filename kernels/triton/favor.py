@@ -52,13 +52,14 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# how tl.dot multiplies, kernel, head_dim up to -> tiles; the first that fits is taken
+# how tl.dot multiplies, kernel, head_dim up to -> tiles; the first that fits is taken. Chosen for registers, not yet by time
 TILES = (
     ("bf16", "", 64, Tiles(32, 32, 32, 32, 4, 1)),
-    ("bf16", "", 256, Tiles(32, 32, 32, 32, 8, 1)),
-    ("tf32", "", 64, Tiles(32, 32, 32, 32, 4, 1)),
-    ("tf32", "", 256, Tiles(32, 32, 32, 32, 8, 1)),
-    ("ieee", "", 256, Tiles(32, 16, 16, 32, 8, 1)),
+    ("bf16", "", 256, Tiles(32, 16, 32, 32, 8, 1)),
+    ("tf32", "points", 64, Tiles(32, 16, 32, 16, 4, 1)),
+    ("tf32", "", 64, Tiles(32, 16, 32, 32, 4, 1)),
+    ("tf32", "", 256, Tiles(32, 16, 32, 32, 8, 1)),
+    ("ieee", "", 256, Tiles(16, 16, 16, 32, 4, 1)),
 )
 
 
