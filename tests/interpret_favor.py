@@ -51,15 +51,15 @@ CASES = {
     "hyperbolic": Case("hyperbolic", L=65, P=32),
     "relu": Case("relu", L=65, P=96),
     "trig": Case("trig", L=63, P=15, D=5),
-    "positive, not causal": Case(L=65, S=130, causal=False, mask=0.3, state=True),
+    "positive, not causal": Case(L=40, S=80, causal=False, mask=0.3, state=True),
     "hyperbolic, not causal, groups": Case("hyperbolic", L=70, S=33, causal=False, groups=2),
     "relu, not causal, packed": Case("relu", L=90, causal=False, lengths=(3, 0, 87), state=True),
-    "groups, mask, state": Case(L=130, groups=2, mask=0.4, state=True),
-    "packed": Case("hyperbolic", L=200, lengths=(1, 64, 0, 130, 5), state=True, mask=0.2, P=16),
+    "groups, mask, state": Case(L=80, groups=2, mask=0.4, state=True),
+    "packed": Case("hyperbolic", L=90, lengths=(1, 64, 0, 20, 5), state=True, mask=0.2, P=16),
     "l2 and mean": Case(L=70, l2=True, mean=True, D=16),
     "trig, l2 and mean, state": Case("trig", L=130, l2=True, mean=True, state=True, P=10),
     "exact": Case(L=130, exact=True, P=64),
-    "exact, hyperbolic, mean, groups, state, mask": Case("hyperbolic", L=150, exact=True, mean=True, groups=2, state=True, mask=0.3, P=16),
+    "exact, hyperbolic, mean, groups, state, mask": Case("hyperbolic", L=80, exact=True, mean=True, groups=2, state=True, mask=0.3, P=16),
     "exact, trig, l2, packed": Case("trig", L=140, exact=True, l2=True, lengths=(70, 0, 70), state=True, P=8, D=5),
     "many features": Case(L=130, P=400, D=40, E=20, state=True),
     "exact, many features": Case(L=100, P=300, D=20, E=40, exact=True),
@@ -193,9 +193,9 @@ def check(name: str, dtype: torch.dtype) -> float:
 
 def past_sees_no_future() -> None:
     """A later key, value or query, however strange, changes no earlier output bit."""
-    for kind, exact in (("positive", False), ("positive", True), ("relu", False)):
-        q, k, v = torch.randn(3, 1, 1, 90, 8, generator=torch.Generator().manual_seed(1))
-        projection, root = draw_projection(20, 8), torch.tensor(0.6)
+    for kind, exact in (("positive", False), ("positive", True)):
+        q, k, v = torch.randn(3, 1, 1, 80, 8, generator=torch.Generator().manual_seed(1))
+        projection, root = draw_projection(10, 8), torch.tensor(0.6)
 
         def outputs(q, k, v, kind=kind, exact=exact, projection=projection, root=root):
             rest = (None,) * 5
@@ -203,7 +203,7 @@ def past_sees_no_future() -> None:
             return favor.forward(q, k, v, *rest, projection, root, None, save_segments=False, **options)[:3]
 
         before = outputs(q, k, v)
-        for at, n, factor in ((40, 1, 1000), (40, 1, NAN), (70, 2, NAN), (40, 2, INF), (40, 0, NAN), (70, 1, INF)):
+        for at, n, factor in ((40, 1, 1000), (70, 1, NAN), (40, 2, INF), (40, 0, NAN)):
             changed = [q.clone(), k.clone(), v.clone()]
             changed[n][:, :, at] *= factor
             after = outputs(*changed)

@@ -19,6 +19,7 @@ FLOAT32 = (
     "trig",
     "relu, not causal, packed",
     "positive, not causal",
+    "packed",
     "l2 and mean",
     "groups, mask, state",
     "exact, hyperbolic, mean, groups, state, mask",
