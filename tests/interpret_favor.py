@@ -59,7 +59,9 @@ CASES = {
     "l2 and mean": Case(L=70, l2=True, mean=True, D=16),
     "trig, l2 and mean, state": Case("trig", L=130, l2=True, mean=True, state=True, P=10),
     "exact": Case(L=130, exact=True, P=64),
-    "exact, hyperbolic, mean, groups, state, mask": Case("hyperbolic", L=80, exact=True, mean=True, groups=2, state=True, mask=0.3, P=16),
+    "exact, hyperbolic, mean, groups, state, mask": Case(
+        "hyperbolic", L=80, exact=True, mean=True, groups=2, state=True, mask=0.3, P=16
+    ),
     "exact, trig, l2, packed": Case("trig", L=140, exact=True, l2=True, lengths=(70, 0, 70), state=True, P=8, D=5),
     "many features": Case(L=130, P=400, D=40, E=20, state=True),
     "exact, many features": Case(L=100, P=300, D=20, E=40, exact=True),
@@ -79,10 +81,13 @@ def build(case: Case, name: str, seed: int) -> dict[str, Tensor | None]:
 
     S = case.L if case.S is None else case.S
     sequences = len(case.lengths) or case.B
-    sizes = {"D": case.D, "E": case.E}
     q, k, v = (
-        normal(case.B, case.H * (case.groups if of == "q" else 1), case.L if of == "q" else S, sizes["E" if of == "v" else "D"])
-        for of in "qkv"
+        normal(case.B, heads, length, dim)
+        for heads, length, dim in (
+            (case.H * case.groups, case.L, case.D),
+            (case.H, S, case.D),
+            (case.H, S, case.E),
+        )
     )
     projection = draw_projection(case.P, case.D, seed=3).double()
     root = torch.tensor(1.3 if case.l2 else case.D**-0.25, dtype=torch.float64)
@@ -175,7 +180,8 @@ def check(name: str, dtype: torch.dtype) -> float:
     for key, x in actual.items():
         expected = oracle[key]
         assert x.shape == expected.shape, f"{key} of {name!r}: {list(x.shape)}, expected {list(expected.shape)}"
-        assert x.dtype == (dtype if key in ("output", "dq", "dk", "dv") else torch.float32), f"{key} of {name!r}: {x.dtype}"
+        wanted = dtype if key in ("output", "dq", "dk", "dv") else torch.float32
+        assert x.dtype == wanted, f"{key} of {name!r}: {x.dtype}"
         if key == "log":
             infinite = expected == -torch.inf
             assert torch.equal(x == -torch.inf, infinite), f"log_scale of {name!r}"
@@ -184,7 +190,8 @@ def check(name: str, dtype: torch.dtype) -> float:
             assert (x == 0).all(), f"{key} of {name!r} must be 0"
             continue
         factor = GRADIENT_FACTOR if key in GRADIENTS else FORWARD_FACTOR
-        share = assert_within_budget(f"{key} of {name!r} ({dtype})", matrix(x), matrix(expected), yardstick[key], factor=factor)
+        what = f"{key} of {name!r} ({dtype})"
+        share = assert_within_budget(what, matrix(x), matrix(expected), yardstick[key], factor=factor)
         if VERBOSE:
             print(f"   {key}: {share:.2f}")
         worst = max(worst, share)

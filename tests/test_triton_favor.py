@@ -1,4 +1,4 @@
-"""FAVOR+'s Triton kernels in the interpreter, against the float64 reference. The decorator reads TRITON_INTERPRET when a
+"""FAVOR+ in Triton's interpreter, against the float64 reference. The decorator reads TRITON_INTERPRET when a
 kernel is defined, and the other tests want it unset: each dtype runs in a process of its own.
 """
 

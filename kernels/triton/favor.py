@@ -148,7 +148,7 @@ class _Call:
         return tuple(new(shape, dtype=torch.float32, device=self.device) for shape in shapes)
 
     def tiles(self, kernel: str) -> Tiles:
-        return next(t for dot, of, width, t in TILES if dot == self.dot and of in ("", kernel) and self.D <= width)
+        return next(t for dot, of, width, t in TILES if dot == self.dot and of in ("", kernel) and width >= self.D)
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
         part = min(max(tiles.part // self.halves, 16), padded(self.P))
