@@ -1,6 +1,6 @@
 """Run by test_triton_favor.py in a process of its own: FAVOR+'s Triton launchers through the interpreter, on the CPU.
 
-The yardstick and the budget are those of longattn.testing.assertions: the error of the eager formula in the kernel's dtype.
+Yardstick and budget are those of longattn.testing.assertions: the error of the eager formula in the kernel's dtype.
 """
 
 import sys
@@ -126,8 +126,8 @@ def eager(case: Case, x: dict) -> dict[str, Tensor]:
     leaves = {"dq": "q", "dk": "k", "dv": "v", "d_root": "root", "dkv": "kv", "dk_sum": "k_sum"}
     x = x | {name: x[name].clone().requires_grad_() for name in leaves.values() if x[name] is not None}
     output, kv, k_sum, log = favor_attention(
-        x["q"], x["k"], x["v"], x["mask"], x["cu"], x["kv"], x["k_sum"], x["log"], x["projection"], x["root"], x["mean"],
-        kind=case.kind, l2=case.l2, is_causal=case.causal, exact_diagonal=case.exact,
+        x["q"], x["k"], x["v"], x["mask"], x["cu"], x["kv"], x["k_sum"], x["log"], x["projection"], x["root"],
+        x["mean"], kind=case.kind, l2=case.l2, is_causal=case.causal, exact_diagonal=case.exact,
     )  # fmt: skip
     used = {name: x[leaf] for name, leaf in leaves.items() if x[leaf] is not None}
     loss = (output * x["grad"]).sum() + (kv * x["grad_kv"]).sum() + (k_sum * x["grad_k_sum"]).sum()
@@ -146,7 +146,8 @@ def run(case: Case, x: dict) -> dict[str, Tensor]:
     v = torch.stack([v, torch.full_like(v, float("nan"))], -1)[..., 0]
     tensors = (q, k, v, x["mask"], x["cu"], x["kv"], x["k_sum"], x["log"], x["projection"], x["root"], x["mean"])
     options = {
-        "kind": case.kind, "l2": case.l2, "is_causal": case.causal, "exact_diagonal": case.exact, "segment": case.segment
+        "kind": case.kind, "l2": case.l2, "is_causal": case.causal, "exact_diagonal": case.exact,
+        "segment": case.segment,
     }  # fmt: skip
     out, z, r, *segments, kv, k_sum, log = favor.forward(*tensors, save_segments=True, **options)
     grads = favor.backward(

@@ -53,7 +53,7 @@ def totals_kernel(x, y, z, h, cu, hi, lo, offset, kv, k_sum, log, heads, groups,
     i = tl.arange(0, C)
     state = ()
     total = ()
-    for half in tl.static_range(HALVES):
+    for _ in tl.static_range(HALVES):
         state = state + (tl.zeros([BP, BN], tl.float32),)
         total = total + (tl.zeros([BP], tl.float32),)
     for chunk in range(tl.cdiv(length, C)):

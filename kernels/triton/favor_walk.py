@@ -420,7 +420,6 @@ def points_kernel(x, y, v, grad, z, h, r, root, cu, hi, lo, offset, center, kv, 
     i = tl.arange(0, C)
     e = tl.arange(0, BE)
     d = tl.arange(0, DP)
-    none = i < 0
     t_root = tl.load(root)
 
     if CAUSAL:
