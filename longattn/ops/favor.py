@@ -17,7 +17,7 @@ from ..native import favor as native_favor
 from ..reference import favor as reference
 from ..state import FavorState
 from . import _check, _dispatch
-from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
+from ._prefix import accumulator, aligned, segment_of, sequences, slots
 
 
 class Options(NamedTuple):
@@ -90,13 +90,13 @@ def _forward(*arguments):
     tensors, (*options, save_segments) = arguments[:INPUTS], arguments[INPUTS:]
     options = Options(*options)._asdict()
     impl = options.pop("impl")
-    return engine(impl).forward(*tensors, save_segments=save_segments, **options, **hooks(impl, tensors[0]))
+    return engine(impl).forward(*tensors, save_segments=save_segments, **options)
 
 
 def _backward(*arguments):
     tensors, options = arguments[: 3 + INPUTS + SAVED], Options(*arguments[3 + INPUTS + SAVED :])._asdict()
     impl = options.pop("impl")
-    return engine(impl).backward(*tensors, **options, **hooks(impl, tensors[3]))
+    return engine(impl).backward(*tensors, **options)
 
 
 for _device in ("cpu", "cuda"):
