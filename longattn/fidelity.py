@@ -17,7 +17,7 @@ from .ops._dispatch import without_autocast
 from .reference.favor import CHUNK
 
 # what is looked at: queries of the whole batch, pairs of a head whose median is taken, numbers held at one time
-QUERIES = 128
+QUERIES = 512
 PAIRS = 2**18
 BLOCK = 2**18
 # a head's weights are those of averaging, softmax's are not, and an estimate is noise
@@ -56,7 +56,7 @@ def fidelity(
 
     query: `[B, Hq, L, D]`, key: `[B, H, S, D]`, Hq a multiple of H; key_padding_mask: bool `[B, S]`, True for a padded
         key; is_causal: query i sees keys 0..i, needs L == S.
-    Key centring, normalize and (in causal calls) exact_diagonal are those of `favor`. At most 128 queries of the batch
+    Key centring, normalize and (in causal calls) exact_diagonal are those of `favor`. At most 512 queries of the batch
     (one of each entry at least), evenly spaced, meet all keys, a block at a time, so that memory is bounded for any
     length; the median is of about 2**18 pairs, from evenly spaced keys. Queries that see no key do not count.
 

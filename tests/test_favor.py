@@ -191,6 +191,19 @@ def test_what_padded_keys_hold_changes_no_bit(is_causal, case, impl, device):
             assert result[name].masked_select(mask).count_nonzero() == 0
 
 
+def test_a_padded_key_among_very_negative_scores_gives_no_nan(kernel, device):
+    """Its own score is 0, e^300 times what its chunk measures in."""
+    q, _, v = qkv(L=100, device=device)
+    q = q.sign() * 10
+    mask = torch.arange(100, device=device).expand(2, 100) % 3 == 1
+    leaves = [x.requires_grad_() for x in (q, -q.detach(), v)]
+    favor = Favor(8, 16, exact_diagonal=True, device=device)
+    output = linear_attention(*leaves, feature_map=favor, is_causal=True, key_padding_mask=mask, impl=kernel)
+    for x in (output, *torch.autograd.grad(output.square().sum(), leaves)):
+        assert x.isfinite().all()
+        assert x.count_nonzero() > 0
+
+
 @maps()
 @pytest.mark.parametrize("power", [-20, 20])
 def test_extreme_scales_stay_finite_with_finite_gradients(power, case, kernel, device):
