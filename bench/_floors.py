@@ -1,9 +1,17 @@
 """The least a machine must spend on linear attention: flop and byte counts over rates measured on that machine.
 
-Counts are per token and head, for the chunked algorithm with the normaliser as one more value column; no torch here.
+Counts are per token and head, with the normaliser as one more value column; no torch here. P projections make M
+features (none: phi works element by element). Causal, in chunks of C tokens; I is the width of the products inside a
+chunk, M, or D where they are exact (exact_diagonal):
 
-    forward   4 D M (projection, if any) + 2 C (M + E) + 4 M (E + 1)
-    backward  8 D M (projection, if any) + 2 C (3 M + 2 E + 1) + 10 M (E + 1)
+    forward   4 D P + 2 C (I + E) + 4 M (E + 1)
+    backward  8 D P + 2 C (3 I + 2 E + 1) + 10 M (E + 1)
+
+Not causal there is no product inside a chunk, and the backward pass finds the state of the keys where the forward pass
+left it: 4 D P + 4 M (E + 1) and 8 D P + 8 M (E + 1).
+
+A floor counts each thing once. Kernels of two sweeps (queries in order, keys in reverse) make the features and the
+scores of a chunk again in the second, which is their choice and not in it: 4 D P + 2 C (E + 1) more.
 
 Bytes are those of the tensors alone, each read or written once: q, k, v, out forward; q, k, v, out, grad_out, dq,
 dk, dv backward. A floor is the longer of the two times: arithmetic and memory traffic overlap.
@@ -18,7 +26,10 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Shape(NamedTuple):
-    """One call: tokens n of every sequence, batch B, heads H, head dim D of q and k, value dim E, features M of phi."""
+    """One call: tokens n of every sequence, batch B, heads H, head dim D of q and k, value dim E, features M of phi.
+
+    P: rows of the [P, D] projection that makes the features inside the kernel; 0: element by element, and M = D.
+    """
 
     n: int
     B: int
@@ -27,15 +38,18 @@ class Shape(NamedTuple):
     E: int
     M: int
     dtype: str = "float32"
+    P: int = 0
+    is_causal: bool = True
+    exact_diagonal: bool = False
 
     @property
     def token_heads(self) -> int:
         return self.n * self.B * self.H
 
     @property
-    def projected(self) -> bool:
-        """Features made inside the kernel by a [M, D] projection; otherwise phi works element by element and M = D."""
-        return self.M != self.D
+    def inner(self) -> int:
+        """The width of what queries and keys of one chunk are compared by."""
+        return self.D if self.exact_diagonal else self.M
 
 
 class Rates(NamedTuple):
@@ -46,13 +60,16 @@ class Rates(NamedTuple):
 
 
 def forward_flops(shape: Shape, chunk: int = CHUNK) -> int:
-    _, _, _, D, E, M, _ = shape
-    return shape.token_heads * (4 * D * M * shape.projected + 2 * chunk * (M + E) + 4 * M * (E + 1))
+    D, E, M = shape.D, shape.E, shape.M
+    inside = 2 * chunk * (shape.inner + E) if shape.is_causal else 0
+    return shape.token_heads * (4 * D * shape.P + inside + 4 * M * (E + 1))
 
 
 def backward_flops(shape: Shape, chunk: int = CHUNK) -> int:
-    _, _, _, D, E, M, _ = shape
-    return shape.token_heads * (8 * D * M * shape.projected + 2 * chunk * (3 * M + 2 * E + 1) + 10 * M * (E + 1))
+    D, E, M = shape.D, shape.E, shape.M
+    inside = 2 * chunk * (3 * shape.inner + 2 * E + 1) if shape.is_causal else 0
+    states = (10 if shape.is_causal else 8) * M * (E + 1)
+    return shape.token_heads * (8 * D * shape.P + inside + states)
 
 
 def forward_bytes(shape: Shape) -> int:
@@ -79,9 +96,10 @@ def floor(shape: Shape, direction: str, rates: Rates, chunk: int = CHUNK) -> flo
 
 
 def decode_floor(shape: Shape, rates: Rates) -> float:
-    """Seconds of one token's step: the float32 state is read and written once (twice in flops: update, read out)."""
-    state = shape.B * shape.H * shape.M * (shape.E + 1)
-    return _time(4 * state, 2 * 4 * state, rates)
+    """Seconds of one token's step: the float32 state is read and written once, in flops updated and read out."""
+    heads = shape.B * shape.H
+    state = heads * shape.M * (shape.E + 1)
+    return _time(4 * state + heads * 4 * shape.D * shape.P, 2 * 4 * state, rates)
 
 
 def output_bytes(shape: Shape, direction: str) -> int:

@@ -20,30 +20,51 @@ floors = load("_floors")
 H200 = floors.Rates(790e12, 4.3e12)
 
 
-def count_flops(C, D, M, E, projected):
+def count_flops(shape):
     """Multiply-adds of one chunk, product by product: forward, and backward with the features recomputed."""
+    C, D, E, M, P, values = shape.n, shape.D, shape.E, shape.M, shape.P, shape.E + 1
+    wide = D if shape.exact_diagonal else M
 
     def product(rows, depth, columns):
         return 2 * rows * depth * columns
 
-    features = 2 * product(C, D, M) if projected else 0
-    values = E + 1
-    forward = features + product(C, M, C) + product(C, C, E) + product(C, M, values) + product(M, C, values)
-    scores = product(C, values, C) + product(C, M, C)  # g v^T and phi(q) phi(k)^T
-    inside = product(C, C, M) + product(C, C, M) + product(C, C, E)  # dphi(q), dphi(k), dv
-    states = 2 * product(M, C, values) + 3 * product(C, M, values)  # two states kept, three read
-    return forward, 2 * features + scores + inside + states
+    features = 2 * product(C, D, P)  # of queries and of keys; pulling gradients back takes as much again
+    state, read = product(M, C, values), product(C, M, values)
+    if not shape.is_causal:
+        # one state forward; backward that of the queries, and dphi(q), dphi(k), dv read from the two
+        return features + state + read, 2 * features + state + 3 * read
+    forward = features + product(C, wide, C) + product(C, C, E) + state + read
+    scores = product(C, values, C) + product(C, wide, C)  # g v^T and phi(q) phi(k)^T
+    inside = product(C, C, wide) + product(C, C, wide) + product(C, C, E)  # dphi(q), dphi(k), dv
+    return forward, 2 * features + scores + inside + 2 * state + 3 * read  # two states kept, three reads
 
 
-SIZES = [(64, 64, 64, 64), (64, 256, 64, 64), (256, 256, 64, 32), (33, 33, 17, 64)]
+# C, D, E, M, P: maps element by element, as many features as the head is wide, pairs of features, an odd chunk
+SIZES = [
+    (64, 64, 64, 64, 0),
+    (64, 64, 64, 64, 64),
+    (64, 64, 64, 256, 256),
+    (64, 64, 64, 256, 128),
+    (64, 256, 32, 256, 0),
+    (33, 17, 64, 33, 33),
+]
+PLAIN, FULL, EXACT = {}, {"is_causal": False}, {"exact_diagonal": True}
 
 
-@pytest.mark.parametrize(("D", "M", "E", "C"), SIZES)
-def test_flops_count_every_product_of_a_chunk(D, M, E, C):
-    shape = floors.Shape(C, 1, 1, D, E, M)
-    forward, backward = count_flops(C, D, M, E, projected=M != D)
+@pytest.mark.parametrize(("C", "D", "E", "M", "P"), SIZES)
+@pytest.mark.parametrize("options", [PLAIN, FULL, EXACT], ids=["causal", "bidirectional", "exact-diagonal"])
+def test_flops_count_every_product_of_a_chunk(C, D, E, M, P, options):
+    shape = floors.Shape(C, 1, 1, D, E, M, P=P, **options)
+    forward, backward = count_flops(shape)
     assert floors.forward_flops(shape, C) == forward
     assert floors.backward_flops(shape, C) == backward
+
+
+def test_projected_features_cost_their_projection_where_they_are_as_many_as_the_head_is_wide():
+    shape = floors.Shape(64, 1, 1, 64, 64, 64)
+    projected = shape._replace(P=64)
+    assert floors.forward_flops(projected) - floors.forward_flops(shape) == 64 * 4 * 64 * 64
+    assert floors.backward_flops(projected) - floors.backward_flops(shape) == 64 * 8 * 64 * 64
 
 
 @pytest.mark.parametrize(
@@ -51,7 +72,7 @@ def test_flops_count_every_product_of_a_chunk(D, M, E, C):
     [(128, "forward", 0.12), (128, "backward", 0.27), (256, "forward", 0.22), (256, "backward", 0.52)],
 )
 def test_floor_per_token_and_head_of_projected_features_in_nanoseconds(M, direction, expected):
-    one = floors.Shape(1, 1, 1, 64, 64, M, "bfloat16")
+    one = floors.Shape(1, 1, 1, 64, 64, M, "bfloat16", P=M)
     assert math.isclose(1e9 * floors.floor(one, direction, H200), expected, abs_tol=0.005)
 
 
@@ -75,6 +96,11 @@ def test_results_are_the_output_and_three_gradients():
 def test_decode_floor_reads_and_writes_the_state_once():
     shape = floors.Shape(1, 8, 8, 64, 64, 64)
     assert floors.decode_floor(shape, floors.Rates(1e30, 1e9)) == 8 * 8 * 64 * 65 * 8 / 1e9
+
+
+def test_decode_floor_makes_the_features_of_one_query_and_one_key():
+    shape = floors.Shape(1, 8, 8, 64, 64, 256, P=128)
+    assert floors.decode_floor(shape, floors.Rates(1e9, 1e30)) == 64 * (4 * 256 * 65 + 4 * 64 * 128) / 1e9
 
 
 # what make gpu prints, without a GPU
