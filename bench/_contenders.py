@@ -6,6 +6,7 @@ says whether it computes our function, so that results can be checked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,10 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import longattn
+from longattn.features import FAVOR_PAIRED
 
 
 class Case(NamedTuple):
-    """One measurement. feature "raw": q and k are features already, D = M. direction: as in `_floors.floor`."""
+    """One measurement. direction: as in `_floors.floor`.
+
+    feature: "elu", "relu"; "raw": q and k are features already, D = M; "favor-KIND": n_features of `longattn.Favor`.
+    """
 
     n: int
     B: int = 1
@@ -32,10 +37,20 @@ class Case(NamedTuple):
     direction: str = "forward"
     impl: str = "cpu"
     is_causal: bool = True
+    n_features: int | None = None
+    exact_diagonal: bool = False
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of FAVOR+ features; None for any other map."""
+        return self.feature.removeprefix("favor-") if self.feature.startswith("favor-") else None
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.n, self.B, self.H, self.D, self.E, self.D, self.dtype)
+        M = self.n_features or self.D
+        P = 0 if self.kind is None else M // 2 if self.kind in FAVOR_PAIRED else M
+        sizes = (self.n, self.B, self.H, self.D, self.E, M, self.dtype)
+        return Shape(*sizes, P, self.is_causal, self.exact_diagonal)
 
 
 class Inputs(NamedTuple):
@@ -81,10 +96,19 @@ def phi(case: Case, x: Tensor) -> Tensor:
 # builders
 
 
+def favor(case: Case, device: str | torch.device = "cpu") -> longattn.Favor:
+    """The features of a case; the peers are given its projection."""
+    options = {"kind": case.kind, "exact_diagonal": case.exact_diagonal}
+    return longattn.Favor(case.D, case.n_features, **options, device=device)
+
+
 def linear(case: Case) -> Callable[..., Tensor]:
+    feature_map = "identity" if case.feature == "raw" else case.feature
+    if case.kind is not None:
+        feature_map = favor(case, "cpu" if case.impl in ("cpu", "reference") else "cuda")
     return functools.partial(
         longattn.linear_attention,
-        feature_map="identity" if case.feature == "raw" else case.feature,
+        feature_map=feature_map,
         is_causal=case.is_causal,
         normalize=case.normalize,
         impl=case.impl,
@@ -105,31 +129,65 @@ def fast_transformers(case: Case, inputs: Inputs):
     if not case.normalize:
         return directed(case, lambda q, k, v: causal_dot_product(phi(case, q), phi(case, k), v), *inputs)
     from fast_transformers.attention.causal_linear_attention import CausalLinearAttention
-    from fast_transformers.feature_maps.base import ActivationFunctionFeatureMap
+    from fast_transformers.attention.linear_attention import LinearAttention
     from fast_transformers.masking import LengthMask
 
-    class LowerTriangular:
-        # its own TriangularCausalMask is an n x n matrix that is never read
-        lower_triangular = True
+    class Mask:
+        # its own TriangularCausalMask and FullMask are n x n matrices that are never read
+        lower_triangular, all_ones = case.is_causal, not case.is_causal
 
-    feature_map = ActivationFunctionFeatureMap.factory(functools.partial(phi, case))
-    layer, lengths = CausalLinearAttention(case.D, feature_map), LengthMask(torch.full((case.B,), case.n))
+    layer = (CausalLinearAttention if case.is_causal else LinearAttention)(case.D, fast_transformers_map(case))
+    lengths = LengthMask(torch.full((case.B,), case.n))
     theirs = [x.transpose(1, 2).contiguous() for x in inputs]  # [B, n, H, .]
-    return directed(case, lambda q, k, v: layer(q, k, v, LowerTriangular, lengths, lengths), *theirs)
+    return directed(case, lambda q, k, v: layer(q, k, v, Mask, lengths, lengths), *theirs)
+
+
+def fast_transformers_map(case: Case):
+    """A factory of its feature map. Its Favor takes pairs exp(u), exp(-u): our kind "hyperbolic" at equal M."""
+    from fast_transformers.feature_maps import Favor
+    from fast_transformers.feature_maps.base import ActivationFunctionFeatureMap
+
+    if case.kind is None:
+        return ActivationFunctionFeatureMap.factory(functools.partial(phi, case))
+    # outside of training it keeps its projection, by default it draws a new one in each call
+    feature_map = Favor(case.D, case.n_features, deterministic_eval=True).eval()
+    feature_map.omega.copy_(favor(case._replace(feature="favor-hyperbolic")).projection.T)
+    return lambda query_dimensions: feature_map
 
 
 def performer(case: Case, inputs: Inputs):
     """performer-pytorch's causal_linear_attention, which calls the C++ product of pytorch-fast-transformers."""
     from performer_pytorch.performer_pytorch import causal_linear_attention
 
-    return directed(case, lambda q, k, v: causal_linear_attention(phi(case, q), phi(case, k), v), *inputs)
+    return performer_with(case, inputs, causal_linear_attention)
 
 
 def performer_torch(case: Case, inputs: Inputs):
     """What performer-pytorch itself runs on a CPU: it looks for the CUDA kernel alone."""
-    from performer_pytorch.performer_pytorch import causal_linear_attention_noncuda
+    from performer_pytorch import performer_pytorch
 
-    return directed(case, lambda q, k, v: causal_linear_attention_noncuda(phi(case, q), phi(case, k), v), *inputs)
+    name = "causal_linear_attention_noncuda" if case.is_causal else "linear_attention"
+    return performer_with(case, inputs, getattr(performer_pytorch, name))
+
+
+def performer_with(case: Case, inputs: Inputs, product: Callable[..., Tensor]):
+    if case.kind is None:
+        return directed(case, lambda q, k, v: product(phi(case, q), phi(case, k), v), *inputs)
+    return directed(case, performer_layer(case, product, favor(case).projection), *inputs)
+
+
+def performer_layer(case: Case, product: Callable[..., Tensor], projection: Tensor | None = None):
+    """Its FastAttention, with our projection or with one of its own."""
+    from performer_pytorch import FastAttention
+
+    # it prints that it has found no CUDA code
+    with contextlib.redirect_stdout(None):
+        layer = FastAttention(case.D, case.n_features, causal=case.is_causal)
+    if projection is not None:
+        layer.projection_matrix.copy_(projection)
+    if case.is_causal:
+        layer.causal_linear_fn = product
+    return layer
 
 
 def linear_attention_transformer(case: Case, inputs: Inputs):
@@ -187,25 +245,36 @@ def output_of(name: str, case: Case, result) -> Tensor:
 # one decoding step
 
 
-def decode_ours(B: int, H: int, D: int, E: int, impl: str = "cpu", dtype: str = "float32"):
-    case, device = Case(1, B=B, H=H, D=D, E=E, dtype=dtype), "cpu" if impl == "cpu" else "cuda"
+def decode_ours(case: Case):
+    """A step of `case.B` sequences after a state of random sums, or after 256 tokens for FAVOR+."""
+    device = "cpu" if case.impl == "cpu" else "cuda"
     q, k, v, _ = make_inputs(case, device)
-    state = longattn.LinearState(torch.rand(B, H, D, E, device=device), torch.rand(B, H, D, device=device))
+    sizes = (case.B, case.H, case.D)
+    feature_map, state = case.feature, None
+    if case.kind is None:
+        state = longattn.LinearState(torch.rand(*sizes, case.E, device=device), torch.rand(*sizes, device=device))
+    else:
+        feature_map = favor(case, device)
 
-    @torch.no_grad()
-    def step():
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nonlocal state
-        out, state = longattn.linear_attention_with_state(q, k, v, state=state, is_causal=True, impl=impl)
+        options = {"feature_map": feature_map, "is_causal": True, "impl": case.impl}
+        out, state = longattn.linear_attention_with_state(q, k, v, state=state, **options)
         return out
 
-    return step
+    step = torch.no_grad()(attend)
+    if state is None:
+        step(*make_inputs(case._replace(n=256), device)[:3])
+    return lambda: step(q, k, v)
 
 
-def decode_fast_transformers(B: int, H: int, D: int, E: int):
+def decode_fast_transformers(case: Case):
     from fast_transformers.recurrent.attention.self_attention.linear_attention import RecurrentLinearAttention
 
-    layer, state = RecurrentLinearAttention(D), [torch.rand(B, H, D, E), torch.rand(B, H, D)]
-    q, k, v = torch.randn(B, H, D), torch.randn(B, H, D), torch.randn(B, H, E)
+    B, H, D, M = case.B, case.H, case.D, case.shape.M
+    layer = RecurrentLinearAttention(D, fast_transformers_map(case))
+    state = [torch.rand(B, H, M, case.E), torch.rand(B, H, M)]
+    q, k, v = (x[:, :, 0].contiguous() for x in make_inputs(case)[:3])
 
     @torch.no_grad()
     def step():
