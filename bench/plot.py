@@ -1,4 +1,4 @@
-"""Draws time and memory against length from a JSON of compare_linear.py or gpu.py, on log-log axes.
+"""Draws time and memory against length from a JSON of compare_linear.py, compare_favor.py or gpu.py, on log-log axes.
 
     python bench/plot.py bench/results/linear-cpu-avx2-20260101.json [--output FILE.png]
 
@@ -26,6 +26,8 @@ STYLES = {
     "torch SDPA": {"color": INK, "linewidth": 2.0, "marker": "s", "zorder": 4},
     "fast-transformers": {"color": "#d55e00", "linewidth": 1.3, "marker": "^"},
     "linear-attention-transformer": {"color": "#009e73", "linewidth": 1.3, "marker": "v"},
+    "performer-pytorch + C++ product": {"color": "#009e73", "linewidth": 1.3, "marker": "v"},
+    "performer-pytorch": {"color": "#cc79a7", "linewidth": 1.3, "marker": "D"},
     "torch SDPA, flash": {"color": INK, "linewidth": 2.0, "marker": "s", "zorder": 4},
     "torch SDPA, cuDNN": {"color": "#cc79a7", "linewidth": 1.3, "marker": "D"},
     "torch SDPA, efficient": {"color": INK, "linewidth": 2.0, "marker": "s", "zorder": 4},
@@ -78,7 +80,7 @@ def panel(axis, rows: list[dict], value: str, floor: str) -> None:
 def draw(report: dict, path: Path) -> None:
     rows = rows_of(report)
     if not rows:
-        raise ValueError(f"plot: {path.stem} has no rows of a sweep over lengths; run compare_linear.py --parts sweep")
+        raise ValueError(f"plot: {path.stem} has no rows of a sweep over lengths; compare with --parts sweep")
     directions = sorted({row["direction"] for row in rows}, key=lambda direction: direction != "forward")
     figure, axes = plt.subplots(2, len(directions), figsize=(6.4 * len(directions), 8.2), squeeze=False, sharex="col")
     for column, direction in enumerate(directions):
@@ -98,7 +100,10 @@ def draw(report: dict, path: Path) -> None:
     if "device" in report:
         device = report["device"]["name"]
     figure.text(0.015, 0.965, "Causal linear attention against exact attention", fontsize=15, color=INK)
-    detail = f"{device}; {first['dtype']}, B={first['B']}, H={first['H']}, D=E={first['D']}, elu+1; "
+    # peers may have a map of their own: it is ours that is named
+    ours = next((row for row in rows if row["contender"] == "longattn"), first)
+    feature = f"FAVOR+ M={ours['n_features']}" if ours.get("n_features") else "elu+1"
+    detail = f"{device}; {first['dtype']}, B={first['B']}, H={first['H']}, D=E={first['D']}, {feature}; "
     detail += f"torch {report['versions']['torch']}, {report['settings']['date'][:10]}"
     figure.text(0.015, 0.943, detail, fontsize=9.5, color=MUTED)
     handles, names = axes[0, 0].get_legend_handles_labels()
