@@ -6,11 +6,13 @@ Yardstick and budget are those of longattn.testing.assertions: the error of the 
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from longattn.kernels import favor
 from torch import Tensor
 
+import longattn
 from longattn.favor import draw_projection
 from longattn.features import favor_features, favor_rows
 from longattn.reference.favor import favor_attention
@@ -221,6 +223,41 @@ def past_sees_no_future() -> None:
                 assert not after[0][:, :, at:].isfinite().any(), "what is not finite must not vanish"
 
 
+def public_door_agrees(exact: bool) -> None:
+    """linear_attention with its autograd and states, impl="triton" against impl="reference" in float32.
+
+    exact: a prompt that ends within a chunk, one token, and tokens that go beyond the chunk; else a prompt and a token.
+    """
+    cuts = (0, 62, 63, 66) if exact else (0, 18, 19)
+    g = torch.Generator().manual_seed(2)
+    q, k, v, grad = torch.randn(4, 1, 1, cuts[-1], 8, generator=g)
+    mask = torch.rand(1, cuts[-1], generator=g) < 0.2
+    results = {}
+    for impl in ("triton", "reference"):
+        feature_map = longattn.Favor(8, 16, learn_temperature=True, exact_diagonal=exact)
+        options = {"feature_map": feature_map, "is_causal": True, "impl": impl}
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        state, parts = None, []
+        for start, stop in pairwise(cuts):
+            rows = (x[:, :, start:stop] for x in leaves)
+            part, state = longattn.linear_attention_with_state(
+                *rows, state=state, key_padding_mask=mask[:, start:stop], **options
+            )
+            parts.append(part)
+        carried = torch.cat(parts, 2)
+        assert state.tail_mask.shape[1] == (2 if exact else 0)
+        loss = (carried * grad).sum() + state.kv.sum() + state.k_sum.sum()
+        found = [carried, *state[:3], *torch.autograd.grad(loss, [*leaves, *feature_map.parameters()])]
+        if not exact:
+            output = longattn.linear_attention(*leaves, key_padding_mask=mask, **options)
+            found += [output, *torch.autograd.grad((output * grad).sum(), [*leaves, *feature_map.parameters()])]
+        results[impl] = found
+    assert len(results["triton"]) == (8 if exact else 13)
+    for i, (x, y) in enumerate(zip(results["triton"], results["reference"], strict=True)):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=3e-5, msg=lambda m, i=i: f"result {i}, {exact=}: {m}")
+        assert y.abs().sum() > 0
+
+
 VERBOSE = False
 
 if __name__ == "__main__":
@@ -233,5 +270,9 @@ if __name__ == "__main__":
         elif name == "law":
             past_sees_no_future()
             print("law: kept", flush=True)
+        elif name == "public":
+            for exact in (False, True):
+                public_door_agrees(exact)
+            print("public: kept", flush=True)
         else:
             print(f"{name}: {check(name, dtype):.2f} of the budget", flush=True)

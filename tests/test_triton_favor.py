@@ -32,7 +32,7 @@ NARROW = ("two tokens", "hyperbolic", "exact, trig, l2, packed")
 
 @pytest.mark.parametrize(
     ("dtype", "cases"),
-    [("float32", (*FLOAT32, "law")), ("bfloat16", NARROW), ("float16", NARROW[:2])],
+    [("float32", (*FLOAT32, "law", "public")), ("bfloat16", NARROW), ("float16", NARROW[:2])],
     ids=["float32", "bfloat16", "float16"],
 )
 def test_interpreted_kernels_stay_within_the_budget(dtype, cases):
