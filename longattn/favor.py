@@ -48,6 +48,18 @@ def draw_projection(
     return (directions * norms[:, None]).float()
 
 
+def _shown(x) -> str:
+    return _check.describe(x) if isinstance(x, Tensor) else repr(x)
+
+
+def _is_temperature(x) -> bool:
+    """Positive, and neither it nor its square root's inverse beyond float32."""
+    try:
+        return not isinstance(x, (bool, str)) and 1e-37 < float(x) < 3e38
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 class Favor(nn.Module):
     """Random features whose dot products estimate exp(q.k / temperature): softmax attention in linear time.
 
@@ -69,6 +81,10 @@ class Favor(nn.Module):
         from 0. The mean is the one stored by `calibrate`; without one, that of the call's unpadded keys, which a causal
         call may not look at: it raises.
     exact_diagonal: causal calls use exp(q.k / temperature) itself inside chunks of 64 tokens, features beyond.
+
+    A query whose features and those of all its keys have no common ground within float32 (weights below 2^-100 of what
+    the largest features would give: lengths |q| + |k| of about 40 sqrt(temperature)) sees nothing and gets 0; estimates
+    are worthless long before. With exact_diagonal it still sees its own chunk.
 
     Raises ValueError or TypeError in a sentence.
     """
@@ -95,7 +111,7 @@ class Favor(nn.Module):
         super().__init__()
         for name, x in (("head_dim", head_dim), ("n_features", n_features)):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
-                _check.fail("Favor", f"{name} must be a positive integer, got {x!r}")
+                _check.fail("Favor", f"{name} must be a positive integer, got {_shown(x)}")
         choices = (("kind", kind, FAVOR_KINDS), ("scaling", scaling, SCALINGS), ("normalize", normalize, (None, "l2")))
         for name, x, known in choices:
             if x not in known:
@@ -110,13 +126,13 @@ class Favor(nn.Module):
             _check.fail("Favor", f"seed must be an integer, got {seed!r}", TypeError)
         if temperature is None:
             temperature = 1.0 if normalize == "l2" else math.sqrt(head_dim)
-        if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature <= 0:
+        if not _is_temperature(temperature):
             _check.fail("Favor", f"temperature must be a positive finite number, got {temperature!r}")
         self.head_dim, self.n_features, self.kind = head_dim, n_features, kind
         self.orthogonal, self.scaling, self.normalize, self.seed = orthogonal, scaling, normalize, seed
         self.center_keys, self.exact_diagonal = center_keys, exact_diagonal
         self.register_buffer("projection", self._draw(0).to(device))
-        log_temperature = torch.tensor(math.log(temperature), device=device)
+        log_temperature = torch.tensor(math.log(temperature), dtype=torch.float32, device=device)
         if learn_temperature:
             self.log_temperature = nn.Parameter(log_temperature)
         else:
@@ -139,7 +155,11 @@ class Favor(nn.Module):
 
     @torch.no_grad()
     def redraw(self, step: int) -> None:
-        """New projections, a function of (seed, step): every rank that redraws at the same step gets the same ones."""
+        """New projections, a function of (seed, step): every rank that redraws at the same step gets the same ones.
+
+        In place, so between training steps only: a backward pass, or a recomputation of its forward, must meet the
+        projections that its forward met (torch raises where it can tell).
+        """
         if not isinstance(step, int) or isinstance(step, bool):
             _check.fail("Favor.redraw", f"step must be an integer, got {step!r}", TypeError)
         self.projection.copy_(self._draw(step))
@@ -159,16 +179,19 @@ class Favor(nn.Module):
             _check.fail("Favor.calibrate", f"there must be a key that is not padded, got {_check.describe(key)}")
         # one row of the whole batch, so that every key weighs the same
         row = key.transpose(0, 1).flatten(1, 2)[None]
-        self.key_mean = self.mean(row, None if key_padding_mask is None else key_padding_mask.flatten()[None])[0]
+        mean = self.mean(row, None if key_padding_mask is None else key_padding_mask.flatten()[None])[0]
+        # a tensor of inference mode could not be part of a later graph
+        with torch.inference_mode(False):
+            self.key_mean = mean.clone()
 
     def mean(self, key: Tensor, mask: Tensor | None) -> Tensor:
         """-> `[B, H, D]` of the rows as the kernel sees them, before the temperature"""
         acc = torch.float64 if key.dtype == torch.float64 else torch.float32
-        rows = favor_rows(key.to(acc), 1.0, self.normalize == "l2")
         if mask is None:
-            return rows.mean(2)
-        live = (~mask).to(acc)[:, None, :, None]
-        return rows.masked_fill(mask[:, None, :, None], 0).sum(2) / live.sum(2).clamp_min(1)
+            return favor_rows(key.to(acc), 1.0, self.normalize == "l2").mean(2)
+        # before the rows are divided by their length, so that a padded NaN meets no derivative
+        rows = favor_rows(key.to(acc).masked_fill(mask[:, None, :, None], 0), 1.0, self.normalize == "l2")
+        return rows.sum(2) / (~mask).to(acc).sum(1).clamp_min(1)[:, None, None]
 
     def _check_rows(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[-1] != self.head_dim:

@@ -142,7 +142,16 @@ def test_the_mean_of_a_call_leaves_out_padded_keys_and_passes_gradients(impl):
     assert gradcheck(call, (q, k, v))
     poisoned = k.detach().clone()
     poisoned[:, :, 1] = NAN
-    assert_same_bits("output", call(q, poisoned, v).detach(), call(q, k, v).detach())
+    for normalize in (None, "l2"):
+        favor.normalize = normalize
+        results = []
+        for key in (k.detach().clone(), poisoned):
+            leaves = [x.detach().clone().requires_grad_() for x in (q, key, v)]
+            output = call(*leaves)
+            results.append((output.detach(), *torch.autograd.grad(output.square().sum(), leaves)))
+        for x, y in zip(*results, strict=True):
+            assert_same_bits("result", x, y)
+            assert x.count_nonzero() > 0
 
 
 # order, padding, scale
@@ -219,13 +228,29 @@ def test_extreme_scales_stay_finite_with_finite_gradients(power, case, kernel, d
 
 
 def test_a_key_alone_has_all_the_weight_however_large(kernel, device):
-    """No eps: features that are all tiny still divide by their own sum."""
-    q, k, v = qkv(L=1, device=device)
-    for scale in (1.0, 3.0, 10.0):
-        for favor in (Favor(8, 32), Favor(8, 32, "hyperbolic"), Favor(8, 32, exact_diagonal=True)):
+    """No eps: features that are all tiny still divide by their own sum. Where float32 holds nothing of them the row is
+    0, and never anything else; with an exact diagonal it is right at any length."""
+    q, k, v = draw((1, 64, 1, 64), (1, 64, 1, 64), (1, 64, 1, 16), device=device)
+    for scale in (1.0, 3.0, 7.0, 12.0, 50.0, 1000.0):
+        for favor in (Favor(64, 256), Favor(64, 256, "hyperbolic"), Favor(64, 32, exact_diagonal=True)):
             favor = favor.to(device)
             output = linear_attention(scale * q, scale * k, v, feature_map=favor, is_causal=True, impl=kernel)
-            assert_near(output, v, 1e-5)
+            seen = (output != 0).any(-1, keepdim=True).expand_as(v)
+            assert_near(output[seen], v[seen], 1e-5)
+            assert seen.all() or (scale > 7 and not favor.exact_diagonal)
+
+
+def test_nan_shows_whatever_its_payload(kernel, device):
+    q, k, v = qkv(L=6, B=1, H=1, device=device)
+    for bits in (0x7FC00000, 0x7FC00001, 0x7FFFFFFF):
+        for case in MAPS:
+            favor = case.build(8, 1, device)
+            for changed in range(2):
+                tensors = [x.clone() for x in (q, k, v)]
+                tensors[changed].view(torch.int32)[:, :, 2, 3] = bits
+                output = linear_attention(*tensors, feature_map=favor, is_causal=True, impl=kernel)
+                assert output[:, :, :2].isfinite().all()
+                assert output[:, :, 2].isnan().all(), (hex(bits), case, changed)
 
 
 def test_the_length_of_a_query_does_not_matter_to_the_sum_of_its_weights(kernel, device):
@@ -331,6 +356,47 @@ def test_tokens_one_by_one_equal_one_call(case, impl, device):
 
 
 @maps(MAPS[0], MAPS[4])
+def test_decoding_from_tensors_that_are_written_again_equals_one_call(case, kernel, device):
+    q, k, v = qkv(L=70, device=device)
+    options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": kernel}
+    tokens, state, steps = [x[:, :, :1].clone() for x in (q, k, v)], None, []
+    with torch.no_grad():
+        for t in range(70):
+            for x, y in zip(tokens, (q, k, v), strict=True):
+                x.copy_(y[:, :, t : t + 1])
+            step, state = linear_attention_with_state(*tokens, state=state, **options)
+            steps.append(step)
+    assert_near(torch.cat(steps, 2), linear_attention(q, k, v, **options))
+
+
+@maps(MAPS[0], MAPS[4])
+def test_a_state_keeps_nothing_but_itself_alive(case, impl, device):
+    q, k, v = qkv(L=1000, B=1, device=device)
+    options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": impl}
+    _, state = linear_attention_with_state(q, k, v, **options)
+    for x in state:
+        assert x.untyped_storage().nbytes() == x.nbytes
+
+
+@maps()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_sequences_and_padding_change_no_bit(dtype, case, kernel, device):
+    q, k, v = qkv(L=237, B=1, dtype=dtype, device=device)
+    favor, edges = case.build(8, 2, device), [0, 40, 40, 230, 237]
+    options = {"feature_map": favor, "is_causal": True, "impl": kernel}
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device)
+    with segments_of(64):
+        packed = linear_attention(q, k, v, cu_seqlens=cu_seqlens, **options)
+        for start, stop in pairwise(edges):
+            alone = linear_attention(*(x[:, :, start:stop] for x in (q, k, v)), **options)
+            assert_same_bits("packed", packed[:, :, start:stop], alone)
+        whole = linear_attention(q, k, v, **options)
+        mask = torch.arange(237, device=device).expand(1, 237) >= 150
+        padded = linear_attention(q, k, v, key_padding_mask=mask, **options)
+        assert_same_bits("padded", padded[:, :, :150], whole[:, :, :150])
+
+
+@maps(MAPS[0], MAPS[4])
 @pytest.mark.parametrize(("L", "S"), [(3, 10), (1, 70), (70, 100), (10, 3)])
 def test_causal_calls_with_a_state_align_the_last_query_with_the_last_key(L, S, case, impl, device):
     if case.exact and L > S:
@@ -379,7 +445,7 @@ def test_a_state_survives_files_and_moves(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     q, k, v = qkv(L=70)
     _, state = linear_attention_with_state(q, k, v, feature_map=Favor(8, 16, exact_diagonal=True), is_causal=True)
-    safetensors.save_file({name: x.contiguous() for name, x in state._asdict().items()}, tmp_path / "state")
+    safetensors.save_file(state._asdict(), tmp_path / "state")
     loaded = FavorState(**safetensors.load_file(tmp_path / "state"))
     for other in (loaded, pickle.loads(pickle.dumps(state)), state.detach(), state.to(torch.float32)):
         for name, x in state._asdict().items():
@@ -389,8 +455,9 @@ def test_a_state_survives_files_and_moves(tmp_path):
 
 
 @maps(MAPS[0], MAPS[4])
-def test_zeros_is_what_a_call_starts_from(case, impl, device):
-    q, k, v = qkv(L=70, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_zeros_is_what_a_call_starts_from(dtype, case, impl, device):
+    q, k, v = qkv(L=70, dtype=dtype, device=device)
     options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": impl}
     state = FavorState.zeros(2, 2, 32, 12, 8, device=device)
     expected = linear_attention_with_state(q, k, v, **options)
@@ -416,8 +483,9 @@ def test_raw_ops_pass_opcheck(name, kernel, device):
         torch.library.opcheck(torch.ops.longattn._favor_forward, (*tensors, *options, save_segments))
     *saved, _, _, log_scale = torch.ops.longattn._favor_forward(*tensors, *options, True)
     for grad_state in (inputs.grad_state, (None, None)):
-        arguments = (inputs.grad_output, *grad_state, *tensors, *saved, log_scale, *options)
-        torch.library.opcheck(torch.ops.longattn._favor_backward, arguments)
+        for root_grad in (True, False):
+            arguments = (inputs.grad_output, *grad_state, *tensors, *saved, log_scale, *options, root_grad)
+            torch.library.opcheck(torch.ops.longattn._favor_backward, arguments)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -491,6 +559,14 @@ def test_bad_calls_are_refused_in_a_sentence(made, options, sentence):
         linear_attention(*qkv(L=5), feature_map=favor, **options)
 
 
+def test_raw_ops_guard_their_memory(kernel):
+    q = torch.randn(1, 1, 6, 8, dtype=torch.float64)
+    options = Options("positive", False, True, False, 64, kernel)
+    tensors = (q, q, q, None, None, None, None, None, torch.randn(16, 8), torch.tensor(1.0), None)
+    with pytest.raises(ValueError, match="projection has a dtype that does not fit"):
+        torch.ops.longattn._favor_forward(*tensors, *options, False)
+
+
 def test_a_map_for_other_heads_is_refused_by_the_module():
     with pytest.raises(ValueError, match="is for head_dim 8, got embed_dim 12 in 3 heads"):
         longattn.nn.MultiheadAttention(12, 3, mechanism=Favor(8))
@@ -504,6 +580,8 @@ def test_bad_states_are_refused_in_a_sentence():
         linear_attention_with_state(q, k, v, state=longattn.LinearState(state.kv, state.k_sum), **options)
     with pytest.raises(TypeError, match="state must be a LinearState, got FavorState"):
         linear_attention_with_state(q, k, v, state=state)
+    with pytest.raises(TypeError, match=r"state\.tail_mask must be bool"):
+        linear_attention_with_state(q, k, v, state=state._replace(tail_mask=None), **options)
     with pytest.raises(ValueError, match=r"state.k_sum must be .*\[2, 2, 16\]"):
         linear_attention_with_state(q, k, v, state=state._replace(k_sum=state.k_sum[..., :3]), **options)
     exact = {**options, "feature_map": Favor(8, 16, exact_diagonal=True)}

@@ -98,7 +98,7 @@ def test_causal_calls_with_a_state_align_the_last_query_with_the_last_key(L, S, 
         z = w.sum(-1) + torch.einsum("bhld,bhd->bhl", phi_q, k_sum)
         output = (w @ v.repeat_interleave(2, 1) + phi_q @ kv) / z[..., None]
         phi_k = (torch.nn.functional.elu(k) + 1) * keep[:, None, :, None]
-        return output, (state.kv + phi_k.mT @ v, state.k_sum + phi_k.sum(2))
+        return output, LinearState(state.kv + phi_k.mT @ v, state.k_sum + phi_k.sum(2))
 
     doubles = inputs._replace(grad_state=LinearState(*(x.double() for x in inputs.grad_state)))
     doubles = doubles._replace(**{n: getattr(inputs, n).double() for n in ("q", "k", "v", "grad_output")})

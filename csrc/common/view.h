@@ -33,6 +33,10 @@ inline void expect(bool ok, const char* sentence) {
   if (!ok) throw std::invalid_argument(std::string("longattn: ") + sentence);
 }
 
+inline void expect_dtype(const View& x, const char* name, DType dtype) {
+  if (x.dtype != dtype) throw std::invalid_argument(std::string("longattn: ") + name + " has a dtype that does not fit");
+}
+
 inline void expect_shape(const View& x, const char* name, std::initializer_list<int64_t> shape) {
   bool ok = x.rank == static_cast<int>(shape.size());
   int i = 0;

@@ -139,6 +139,7 @@ inline T pull_back_features(const T* phi, T* g, int64_t P, Kind kind) {
       break;
     }
     case Kind::relu:
+      // an input so small that adding the constant loses it counts as 0
       for (int64_t i = 0; i < P; i += W) store(g + i, load(phi + i) > T(relu_epsilon) ? load(g + i) : V<T>{});
       break;
     case Kind::trig:

@@ -29,7 +29,8 @@ static double peak_gflops(int64_t repeats) {
 #define LONGATTN_TEXT(x) #x
 #define LONGATTN_NAME(x) LONGATTN_TEXT(x)
 extern const Kernels kernels = {
-    LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, favor_forward, favor_backward, linear_workspace, peak_gflops,
+    LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, favor_forward, favor_backward,
+    linear_workspace, peak_gflops,
 };
 
 }  // namespace longattn::LONGATTN_ISA

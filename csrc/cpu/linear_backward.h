@@ -23,18 +23,19 @@ class Backward : Sweeps<T, scaled> {
     expect_shape(y.dq, "dq", {B, Hq, L, D});
     expect_shape(y.dk, "dk", {B, H, S, D});
     expect_shape(y.dv, "dv", {B, H, S, E});
-    if (x.normalize) expect_shape(y.normalizer, "normalizer", {B, Hq, L});
+    for (const View* v : {&y.grad_out, &y.out, &y.dq, &y.dk, &y.dv}) expect_dtype(*v, "an output or gradient", x.q.dtype);
+    if (x.normalize) this->check_working(y.normalizer, "normalizer", {B, Hq, L});
     if (y.grad_kv) this->check_state(y.grad_kv, y.grad_k_sum, {}, "grad of the state");
     this->check_state(y.dkv, y.dk_sum, y.dkv_scale, "grad of the state");
     this->check_slots(y.segment, this->saved_slots());
     if (x.split) this->check_slots(y.partial, seq.slots(L));
     if (scaled) {
-      expect_shape(y.row_scale, "row_scale", {B, Hq, L});
-      expect_shape(y.final_log_scale, "final_log_scale", {N, H});
+      this->check_working(y.row_scale, "row_scale", {B, Hq, L});
+      this->check_working(y.final_log_scale, "final_log_scale", {N, H});
       if (y.droot) {
-        expect_shape(y.droot, "droot", {1});
-        expect_shape(y.root_q, "root_q", {B, Hq, L});
-        expect_shape(y.root_k, "root_k", {B, H, S});
+        this->check_working(y.droot, "droot", {1});
+        this->check_working(y.root_q, "root_q", {B, Hq, L});
+        this->check_working(y.root_k, "root_k", {B, H, S});
       }
     }
   }
@@ -143,6 +144,7 @@ class Backward : Sweeps<T, scaled> {
   void finish_favor(Scratch<T>& s, int64_t rows, Matrix<T> raw, const T* inverse, const View& mean, int64_t h, Matrix<T> dx,
                     const View& root_rows, int64_t root_at, bool keys, bool reverse) const {
     T root = static_cast<T>(x.favor.root);
+    auto center = [&](int64_t i) { return mean ? mean.as<T>()[h * mean.stride[0] + i * mean.stride[1]] : T(0); };
     for (int64_t r = 0; r < rows; ++r) {
       T *g = dx.row(r), *row = raw.row(r);
       if (keys && s.masked[r]) std::fill_n(g, padded<T>(D), T(0));
@@ -151,7 +153,7 @@ class Backward : Sweeps<T, scaled> {
       this->multiply(g, D, root);
       if (!x.favor.l2) continue;
       // the unit row again, from the scaled one
-      for (int64_t i = 0; i < D; ++i) row[i] = row[i] / root + (mean ? mean.as<T>()[h * mean.stride[0] + i * mean.stride[1]] : T(0));
+      for (int64_t i = 0; i < D; ++i) row[i] = row[i] / root + center(i);
       T along = dot(g, row, D);
       for (int64_t i = 0; i < D; i += width<T>)
         store(g + i, (load(g + i) - broadcast(along) * load(row + i)) * broadcast(inverse[r]));

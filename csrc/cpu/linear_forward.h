@@ -14,8 +14,9 @@ class Forward : Sweeps<T, scaled> {
  public:
   Forward(const LinearProblem& problem, const LinearForward& y) : Base(problem, true), y(y) {
     expect_shape(y.out, "out", {B, Hq, L, E});
-    if (x.normalize) expect_shape(y.normalizer, "normalizer", {B, Hq, L});
-    if (scaled) expect_shape(y.row_scale, "row_scale", {B, Hq, L});
+    expect_dtype(y.out, "out", x.q.dtype);
+    if (x.normalize) this->check_working(y.normalizer, "normalizer", {B, Hq, L});
+    if (scaled) this->check_working(y.row_scale, "row_scale", {B, Hq, L});
     this->check_state(y.kv, y.k_sum, y.log_scale, "state");
     if (y.segment.kv || (x.is_causal && x.split)) this->check_slots(y.segment, this->saved_slots());
     if (!x.is_causal && x.split) this->check_slots(y.partial, seq.slots(S));

@@ -143,9 +143,10 @@ inline __attribute__((always_inline)) V<float> exp_share(V<float> x) {
 #if defined(__AVX512F__) && LONGATTN_VECTOR_BYTES == 64
   return exp_nonpositive(x);
 #else
-  typedef int32_t I __attribute__((vector_size(vector_bytes)));
   Reduced e = reduced_exp(x < -86.f ? broadcast(-86.f) : x);
-  return (V<float>)((I)e.p + ((I)e.shifted << 23));
+  V<float> y = (V<float>)((Bits)e.p + ((Bits)e.shifted << 23));
+  // a NaN's payload would reach the exponent
+  return x == x ? y : x;
 #endif
 }
 inline V<double> exp_nonpositive(V<double> x) {

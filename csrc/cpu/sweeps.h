@@ -1,98 +1,11 @@
-// What linear attention's sweeps share: scratch, states in memory, rows of the inputs and their features.
+// What linear attention's sweeps share: states in memory, rows of the inputs and their features.
 // `scaled` sums have logarithms (FAVOR+); without them phi is elementwise and M = D.
 #pragma once
 #include "favor.h"
-#include "prefix.h"
-#include "rows.h"
+#include "scratch.h"
 #include "sequences.h"
 
 namespace longattn::LONGATTN_ISA {
-
-struct Sizes {
-  int64_t D, E, M, P;  // P projections, 0 without
-};
-
-template <class T>
-struct Arena {
-  char* memory;
-  int64_t bytes = 0;
-  template <class A = T>
-  Matrix<A> take(int64_t rows, int64_t columns) {
-    int64_t ld = leading<A>(columns);
-    Matrix<A> m{reinterpret_cast<A*>(memory + bytes), ld};
-    bytes += round_up(rows * ld * static_cast<int64_t>(sizeof(A)), 64);
-    return m;
-  }
-};
-
-// the scratch of one worker; the same walk over no memory measures it. `forward` keeps the state as [M][E], the backward
-// as [E+1][M]
-template <class T>
-struct Scratch {
-  Matrix<T> q, q_transposed, k, k_transposed, v, v_transposed, g, g_transposed, p, out, dk, dv, reverse_transposed;
-  State<T> state, reverse;
-  T *base_sum, *local_sum, *current_sum, *z;
-  bool* masked;
-  // FAVOR+: rows before the projection, their gradients, products of scores, logarithms and shares of rows
-  Matrix<T> raw_q, raw_k, raw_q_transposed, raw_k_transposed, dx, dx_k, w;
-  T *inverse_q, *inverse_k, *log_q, *log_k, *row_scale, *share, *weight;
-  // the forward's factors for bfloat16 inputs
-  Matrix<Pair> q_pairs, k_pairs, k_pairs_transposed, key_features, v_pairs, p_pairs, state_pairs;
-  int64_t bytes;
-
-  Scratch(char* memory, const Sizes& n, bool forward) {
-    Arena<T> arena{memory};
-    int64_t D = padded<T>(n.D), M = padded<T>(n.M), N = padded<T>(n.E + 1);
-    // features are written a vector past both halves of paired kinds
-    int64_t slack = n.P ? width<T> : 0;
-    for (Matrix<T>* m : {&q, &k, &dk}) *m = arena.take(chunk, M + slack);
-    for (Matrix<T>* m : {&q_transposed, &k_transposed}) *m = arena.take(M, chunk);
-    for (Matrix<T>* m : {&v, &g, &dv}) *m = arena.take(chunk, N);
-    for (Matrix<T>* m : {&v_transposed, &g_transposed}) *m = arena.take(N, chunk);
-    p = arena.take(chunk, chunk), out = arena.take(chunk, std::max(M, N) + slack);
-    if (!forward) reverse_transposed = arena.take(M, N);
-    for (State<T>* s : {&state, &reverse}) {
-      if (forward && s == &reverse) continue;
-      for (Matrix<T>* m : {&s->base, &s->local, &s->current}) *m = forward ? arena.take(M, N) : arena.take(N, M);
-    }
-    for (T** sum : {&base_sum, &local_sum, &current_sum}) *sum = arena.take(1, M).p;
-    z = arena.take(1, chunk + width<T>).p;
-    masked = reinterpret_cast<bool*>(arena.take(1, chunk).p);
-    if (n.P) {
-      for (Matrix<T>* m : {&raw_q, &raw_k, &dx, &dx_k}) *m = arena.take(chunk, D);
-      for (Matrix<T>* m : {&raw_q_transposed, &raw_k_transposed}) *m = arena.take(D, chunk);
-      w = arena.take(chunk, chunk);
-      for (T** row : {&inverse_q, &inverse_k, &log_q, &log_k, &row_scale, &share, &weight}) *row = arena.take(1, chunk).p;
-    }
-    if (has_pairs && forward) {
-      int64_t pairs = round_up(n.M, 2 * width<T>) / 2;
-      for (Matrix<Pair>* m : {&q_pairs, &k_pairs}) *m = arena.template take<Pair>(chunk, pairs);
-      k_pairs_transposed = arena.template take<Pair>(padded<T>(pairs), chunk);
-      key_features = arena.template take<Pair>(M, chunk / 2);
-      v_pairs = arena.template take<Pair>(chunk / 2, N), p_pairs = arena.template take<Pair>(chunk, chunk / 2);
-      state_pairs = arena.template take<Pair>(M, N);
-    }
-    bytes = arena.bytes;
-  }
-};
-
-// what all workers read: the projection as [P][D] and [D][P]
-template <class T>
-struct Shared {
-  Matrix<T> projection, projection_transposed;
-  int64_t bytes;
-  Shared(char* memory, const Sizes& n) {
-    Arena<T> arena{memory};
-    if (n.P) projection = arena.take(padded<T>(n.P), padded<T>(n.D)), projection_transposed = arena.take(padded<T>(n.D), padded<T>(n.P));
-    bytes = arena.bytes;
-  }
-};
-
-template <class T>
-inline int64_t workspace_bytes(const Sizes& n, int threads) {
-  int64_t worker = std::max(Scratch<T>(nullptr, n, true).bytes, Scratch<T>(nullptr, n, false).bytes);
-  return threads * worker + Shared<T>(nullptr, n).bytes;
-}
 
 template <class T, bool scaled>
 class Sweeps {
@@ -134,12 +47,12 @@ class Sweeps {
     expect(!x.is_causal || L == S, "causal attention needs as many queries as keys");
     expect(x.segment > 0 && x.segment % chunk == 0, "segment must be a positive multiple of 64");
     expect(x.feature >= 0 && x.feature <= 2, "feature must be 0, 1 or 2");
-    if (x.mask) expect_shape(x.mask, "key_padding_mask", {B, S});
+    if (x.mask) expect_shape(x.mask, "key_padding_mask", {B, S}), expect_dtype(x.mask, "key_padding_mask", DType::boolean);
     if (scaled) {
       expect(x.favor.kind >= 0 && x.favor.kind <= 3, "kind must be 0, 1, 2 or 3");
       expect(P > 0, "there must be a projection");
-      expect_shape(x.favor.projection, "projection", {P, D});
-      if (x.favor.mean) expect_shape(x.favor.mean, "mean", {H, D});
+      check_working(x.favor.projection, "projection", {P, D});
+      if (x.favor.mean) check_working(x.favor.mean, "mean", {H, D});
       expect(!x.favor.exact_diagonal || x.is_causal, "exact_diagonal needs is_causal");
       expect(x.normalize, "FAVOR+ is normalised");
     }
@@ -147,15 +60,20 @@ class Sweeps {
     if (x.cu_seqlens) seq.check(B, L, S);
     expect(x.threads >= 1 && x.workspace.elements() >= workspace_bytes<T>(sizes(), x.threads), "the workspace is too small");
   }
+  // a tensor of sums, and so of the working type
+  static void check_working(const View& x, const char* name, std::initializer_list<int64_t> shape) {
+    expect_shape(x, name, shape);
+    expect_dtype(x, name, std::is_same_v<T, double> ? DType::f64 : DType::f32);
+  }
   void check_state(const View& kv, const View& sum, const View& scale, const char* name) const {
-    expect_shape(kv, name, {N, H, M, E});
-    expect_shape(sum, name, {N, H, M});
-    if (scaled && scale) expect_shape(scale, name, {N, H});
+    check_working(kv, name, {N, H, M, E});
+    check_working(sum, name, {N, H, M});
+    if (scaled && scale) check_working(scale, name, {N, H});
   }
   void check_slots(const StateSlots& s, int64_t slots) const {
-    expect_shape(s.kv, "segment_kv", {B, H, slots, M, E});
-    expect_shape(s.k_sum, "segment_k_sum", {B, H, slots, M});
-    if (scaled) expect_shape(s.log_scale, "segment_log_scale", {B, H, slots});
+    check_working(s.kv, "segment_kv", {B, H, slots, M, E});
+    check_working(s.k_sum, "segment_k_sum", {B, H, slots, M});
+    if (scaled) check_working(s.log_scale, "segment_log_scale", {B, H, slots});
   }
   int64_t saved_slots() const { return x.is_causal ? seq.slots(L) : x.cu_seqlens ? N : 1; }
 
@@ -295,7 +213,10 @@ class Sweeps {
         int64_t next = (reverse ? -chunk : chunk) * from.stride[2];
         for (int64_t r = 0; r < rows; ++r) {
           const From* row = p + (first + (reverse ? rows - 1 - r : r)) * from.stride[2];
-          for (int64_t i = 0; i < n; i += 64 / sizeof(From)) __builtin_prefetch(row + next + i, 0, 2);
+          // as a number: it may lie outside the tensor, where a pointer must not
+          uintptr_t ahead = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(next) * sizeof(From);
+          for (int64_t i = 0; i < n; i += 64 / sizeof(From))
+            __builtin_prefetch(reinterpret_cast<const char*>(ahead + static_cast<uintptr_t>(i) * sizeof(From)), 0, 2);
           load_row<T>(row, from.stride[3], n, to.row(r), map);
         }
       }

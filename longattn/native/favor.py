@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..features import FAVOR_PAIRED
 from . import contiguous, empty, extension
 from .linear import Problem, slots_of
 
@@ -17,7 +18,7 @@ class _Favor(Problem):
         self, q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, *, kind, l2, exact_diagonal,
         **options,
     ):  # fmt: skip
-        self.features = projection.shape[0] * (2 if kind in ("hyperbolic", "trig") else 1)
+        self.features = projection.shape[0] * (2 if kind in FAVOR_PAIRED else 1)
         self.projections = projection.shape[0]
         super().__init__(q, k, v, mask, cu_seqlens, kv, k_sum, feature="identity", normalize=True, scale=1.0, **options)
         self.tensors |= {"log_scale": contiguous(log_scale), "projection": projection, "mean": mean}
@@ -54,13 +55,14 @@ def forward(
 
 def backward(
     grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, out,
-    normalizer, row_scale, segment_kv, segment_k_sum, segment_log_scale, final_log_scale, **options,
+    normalizer, row_scale, segment_kv, segment_k_sum, segment_log_scale, final_log_scale, *, root_grad: bool, **options,
 ):  # fmt: skip
-    """-> dq, dk, dv, droot, dkv, dk_sum (the last two empty where no state came in)"""
+    """-> dq, dk, dv, droot (0 without root_grad), dkv, dk_sum (the last two empty where no state came in)"""
     problem = _Favor(q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, **options)
     dq, dk, dv = (empty(x.shape, x.dtype) for x in (q, k, v))
-    root_q, root_k = (torch.empty(x.shape[:3], dtype=problem.acc) for x in (q, k))
-    droot = torch.empty(1, dtype=problem.acc)
+    root_q, root_k, droot = None, None, torch.zeros(1, dtype=problem.acc)
+    if root_grad:
+        root_q, root_k = (torch.empty(x.shape[:3], dtype=problem.acc) for x in (q, k))
     partial = (None, None, None)
     if problem.split:
         partial = problem.state(slots_of(problem.length, problem.packed, problem.segment))
@@ -69,7 +71,7 @@ def backward(
         "grad_out": grad_out, "grad_kv": contiguous(grad_kv), "grad_k_sum": contiguous(grad_k_sum), "out": out,
         "normalizer": normalizer, "row_scale": row_scale, "final_log_scale": final_log_scale,
         "dq": dq, "dk": dk, "dv": dv, "dkv": dkv, "dk_sum": dk_sum, "dkv_scale": dkv_scale,
-        "root_q": root_q, "root_k": root_k, "droot": droot,
+        "root_q": root_q, "root_k": root_k, "droot": droot if root_grad else None,
     }  # fmt: skip
     saved = _named("segment_", (segment_kv, segment_k_sum, segment_log_scale)) | _named("partial_", partial)
     problem.run(extension().linear_backward, results | saved)

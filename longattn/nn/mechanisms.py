@@ -155,7 +155,7 @@ NAMED = {"exact": Exact, "linear": Linear}
 
 def resolve(mechanism: str | Mechanism | Favor) -> Mechanism:
     """A mechanism from its name, from itself or from a Favor map; ValueError or TypeError in a sentence."""
-    examples = "or a description such as longattn.Linear()"
+    examples = "or a description such as longattn.Linear() or longattn.Favor(head_dim)"
     if isinstance(mechanism, Favor):
         return Linear(feature_map=mechanism)
     if isinstance(mechanism, str):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..favor import Favor
-from ..features import favor_features, favor_norm, favor_rows, unit_rows
+from ..features import FAVOR_PAIRED, favor_features, favor_norm, favor_rows, unit_rows
 from ..native import favor as native_favor
 from ..reference import favor as reference
 from ..state import FavorState
@@ -56,10 +56,10 @@ torch.library.define(
 )
 torch.library.define(
     "longattn::_favor_backward",
-    f"(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> "
+    f"(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, {_INPUTS}, {_SAVED}, {_OPTIONS}, bool root_grad) -> "
     f"({', '.join(['Tensor'] * 6)})",
 )
-INPUTS, SAVED = 11, 7
+INPUTS, SAVED, ROOT = 11, 7, 9
 
 
 @torch.library.register_fake("longattn::_favor_forward")
@@ -83,7 +83,7 @@ def _(grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, *rest
 
 def features(projection: Tensor, kind: str) -> int:
     """M, how many features the projections make."""
-    return projection.shape[0] * (2 if kind in ("hyperbolic", "trig") else 1)
+    return projection.shape[0] * (2 if kind in FAVOR_PAIRED else 1)
 
 
 def _forward(*arguments):
@@ -94,9 +94,12 @@ def _forward(*arguments):
 
 
 def _backward(*arguments):
-    tensors, options = arguments[: 3 + INPUTS + SAVED], Options(*arguments[3 + INPUTS + SAVED :])._asdict()
+    tensors, (*options, root_grad) = arguments[: 3 + INPUTS + SAVED], arguments[3 + INPUTS + SAVED :]
+    options = Options(*options)._asdict()
     impl = options.pop("impl")
-    return engine(impl).backward(*tensors, **options)
+    # Triton's sums of rows are there anyway
+    more = {"root_grad": root_grad} if impl == "cpu" else {}
+    return engine(impl).backward(*tensors, **options, **more)
 
 
 for _device in ("cpu", "cuda"):
@@ -149,7 +152,9 @@ class _FavorAttention(torch.autograd.Function):
             shape, acc = (sequences(q, cu_seqlens), k.shape[1], M, v.shape[3]), accumulator(q.dtype)
             grad_kv = q.new_zeros(shape, dtype=acc) if grad_kv is None else grad_kv
             grad_k_sum = q.new_zeros(shape[:3], dtype=acc) if grad_k_sum is None else grad_k_sum
-        dq, dk, dv, droot, dkv, dk_sum = _FavorBackward.apply(grad_out, grad_kv, grad_k_sum, *tensors, *ctx.options)
+        dq, dk, dv, droot, dkv, dk_sum = _FavorBackward.apply(
+            grad_out, grad_kv, grad_k_sum, *tensors, *ctx.options, ctx.needs_input_grad[ROOT]
+        )
         state = (None, None) if kv is None else (dkv, dk_sum)
         return dq, dk, dv, None, None, *state, None, None, droot, None, None
 
@@ -171,14 +176,22 @@ class Call(NamedTuple):
     mean: Tensor | None
     options: Options
     keeps_state: bool
+    # subtract the mean of this call's own keys first
+    centred: Favor | None
     explanation: _dispatch.Explanation
 
 
 def _check_state(op: str, state, count: int, k: Tensor, v: Tensor, favor: Favor) -> None:
     if not isinstance(state, FavorState):
         _check.fail(op, f"with a Favor feature map, state must be a FavorState, got {type(state).__name__}", TypeError)
+    if not isinstance(state.tail_mask, Tensor) or state.tail_mask.dim() != 2:
+        came = _check.describe(state.tail_mask)
+        _check.fail(op, f"state.tail_mask must be bool [sequences, t], got {came}", TypeError)
     lead, acc = (count, k.shape[1]), accumulator(k.dtype)
-    M, E, D, t = favor.n_features, v.shape[3], k.shape[3], state.tail_mask.shape[-1]
+    M, E, D, t = favor.n_features, v.shape[3], k.shape[3], state.tail_mask.shape[1]
+    if t >= reference.CHUNK or (t and not favor.exact_diagonal):
+        who = f"only exact_diagonal=True can use, fewer than {reference.CHUNK}"
+        _check.fail(op, f"the state holds {t} tokens of an unfinished chunk, which {who}")
     expected = {
         "kv": ((*lead, M, E), acc), "k_sum": ((*lead, M), acc), "log_scale": (lead, acc),
         "tail_key": ((*lead, t, D), k.dtype), "tail_value": ((*lead, t, E), k.dtype),
@@ -186,13 +199,12 @@ def _check_state(op: str, state, count: int, k: Tensor, v: Tensor, favor: Favor)
     }  # fmt: skip
     for name, (shape, dtype) in expected.items():
         x = getattr(state, name)
-        typed = isinstance(x, Tensor) and x.dtype == dtype
+        # an empty tail fits every dtype
+        typed = isinstance(x, Tensor) and (x.dtype == dtype or x.numel() == 0)
         if typed and x.shape == shape and x.device == k.device:
             continue
         sentence = f"state.{name} must be {dtype} {list(shape)} on {k.device}, got {_check.describe(x)}"
         _check.fail(op, sentence, ValueError if typed else TypeError)
-    if t and not favor.exact_diagonal:
-        _check.fail(op, f"the state holds {t} tokens of an unfinished chunk, which only exact_diagonal=True can use")
 
 
 def prepare(
@@ -235,18 +247,26 @@ def prepare(
     elif favor.center_keys and (is_causal or state is not None or cu_seqlens is not None):
         why = "is_causal may not look at later keys" if is_causal else "this call sees a part of the keys"
         _check.fail(op, f"center_keys needs a stored mean here ({why}): call calibrate(key) once")
-    elif favor.center_keys:
-        # of this call's own keys: part of the graph, so not left to the kernels
-        own = favor.mean(k, key_padding_mask)[:, :, None]                                      # [B, H, 1, D]
-        q, k = ((unit_rows(x.to(acc)) if l2 else x.to(acc)) for x in (q, k))
-        q, k, v, l2 = q.to(v.dtype), (k - own).to(v.dtype), v, False
+    centred = favor if favor.center_keys and mean is None else None
     reasons = {name: _refuses(name, q, k, v, favor.projection) for name in _dispatch.IMPLS}
     chosen = _dispatch.choose(op, impl, reasons)
     segment = segment_of(favor.n_features, v.shape[3])
     options = Options(favor.kind, l2, is_causal, exact, segment, chosen)
     projection, explanation = favor.projection.to(acc), _dispatch.Explanation(op, chosen, reasons)
     tensors = (q, k, v, key_padding_mask, cu_seqlens, state, projection, root, mean)
-    return Call(*tensors, options, keeps_state, explanation)
+    return Call(*tensors, options, keeps_state, centred, explanation)
+
+
+def _centre(call: Call) -> Call:
+    """The mean of a call's own keys is part of its graph, so it is not left to the kernels."""
+    q, k, v, mask, l2 = call.q, call.k, call.v, call.mask, call.options.l2
+    acc = accumulator(q.dtype)
+    if mask is not None:
+        k = k.masked_fill(mask[:, None, :, None], 0)
+    own = call.centred.mean(k, mask)[:, :, None]                                               # [B, H, 1, D]
+    q, k = ((unit_rows(x.to(acc)) if l2 else x.to(acc)) for x in (q, k))
+    options = call.options._replace(l2=False)
+    return call._replace(q=q.to(v.dtype), k=(k - own).to(v.dtype), options=options, centred=None)
 
 
 def _refuses(impl: str, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> str | None:
@@ -263,25 +283,30 @@ def _refuses(impl: str, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> 
 
 def run(call: Call) -> tuple[Tensor, FavorState]:
     """-> output `[B, Hq, L, E]`, and the state after the last key"""
+    if call.centred is not None:
+        call = _centre(call)
     if call.options.exact_diagonal and call.keeps_state:
         return _run_in_chunks(call)
     if call.options.is_causal and call.q.shape[2] != call.k.shape[2]:
         return aligned(call, run)
     output, kv, k_sum, log_scale = _attend(call)
-    return output, _state(call, kv, k_sum, log_scale, call.k[:, :, :0], call.v[:, :, :0], None)
+    return output, _state(call, kv, k_sum, log_scale)
 
 
-def _state(call: Call, kv, k_sum, log_scale, tail_key, tail_value, tail_mask) -> FavorState:
-    n = kv.shape[0]
-    if tail_mask is None:
-        tail_mask = torch.zeros(n, tail_key.shape[2], dtype=torch.bool, device=kv.device)
-    tail_key, tail_value = (x if x.shape[0] == n else x.expand(n, -1, -1, -1) for x in (tail_key, tail_value))
-    return FavorState(kv, k_sum, log_scale, tail_key, tail_value, tail_mask)
+def _state(call: Call, kv, k_sum, log_scale, tail=None) -> FavorState:
+    """tail: key, value and mask of the unfinished chunk."""
+    if tail is None or tail[0].shape[2] == 0:
+        (n, H), D, E = log_scale.shape, call.k.shape[3], call.v.shape[3]
+        tail = call.k.new_empty(n, H, 0, D), call.v.new_empty(n, H, 0, E), kv.new_empty((n, 0), dtype=torch.bool)
+    else:
+        # copies: the caller may write into its tensors, and a state must not keep all of them alive
+        tail = (x.clone(memory_format=torch.contiguous_format) for x in tail)
+    return FavorState(kv, k_sum, log_scale, *tail)
 
 
 def _attend(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One call of the engine. -> output, kv, k_sum, log_scale"""
-    q, k, v, mask, cu_seqlens, state, projection, root, mean, options, _, _ = call
+    q, k, v, mask, cu_seqlens, state, projection, root, mean, options, *_ = call
     kv, k_sum, log_scale = (None, None, None) if state is None else state[:3]
     if options.impl == "reference":
         acc = accumulator(q.dtype)
@@ -306,38 +331,38 @@ def _run_in_chunks(call: Call) -> tuple[Tensor, FavorState]:
     """exact_diagonal with a state: chunks are counted from the start of the sequence, so the state ends with the last
     whole chunk, and the keys after it travel with it as they are."""
     q, k, v, mask, state = call.q, call.k, call.v, call.mask, call.state
-    t, new = (0, k.shape[2]) if state is None else (state.tail_mask.shape[1], k.shape[2])
-    if t:
-        if mask is None:
-            mask = torch.zeros(k.shape[0], new, dtype=torch.bool, device=k.device)
-        k, v, mask = (torch.cat(pair, -2 if pair[0].dim() == 4 else 1)
-                      for pair in ((state.tail_key, k), (state.tail_value, v), (state.tail_mask, mask)))  # fmt: skip
-    total, L = t + new, q.shape[2]
-    whole = total // reference.CHUNK * reference.CHUNK
-    if L == 1 and new == 1 and not whole:
-        return _step(call, k, v, mask), _state_after(call, state, k, v, mask)
-    q = F.pad(q, (0, 0, total - L, 0))
-    parts = []
-    for start, stop in ((0, whole), (whole, total)):
-        if start == stop:
-            continue
-        rows = (x[:, :, start:stop] for x in (q, k, v))
-        part = call._replace(state=state, mask=None if mask is None else mask[:, start:stop])
-        output, kv, k_sum, log_scale = _attend(part._replace(**dict(zip("qkv", rows, strict=True))))
-        parts.append(output)
-        if stop == whole:
-            state = _state(call, kv, k_sum, log_scale, k[:, :, :0], v[:, :, :0], None)
-    output = torch.cat(parts, 2) if parts else q.new_empty(*q.shape[:3], v.shape[3])
-    rest = None if mask is None else mask[:, whole:]
-    return output[:, :, total - L :], _state_after(call, state, k[:, :, whole:], v[:, :, whole:], rest)
-
-
-def _state_after(call: Call, state: FavorState | None, tail_key, tail_value, tail_mask) -> FavorState:
     if state is None:
-        M, acc = features(call.projection, call.options.kind), accumulator(call.q.dtype)
-        sizes = (call.k.shape[0], call.k.shape[1], M, call.v.shape[3])
-        state = FavorState.zeros(*sizes, call.k.shape[3], device=call.k.device, dtype=acc)
-    return _state(call, *state[:3], tail_key, tail_value, tail_mask)
+        state = FavorState.zeros(
+            *k.shape[:2], features(call.projection, call.options.kind), v.shape[3], k.shape[3], device=k.device,
+            dtype=accumulator(k.dtype),
+        )  # fmt: skip
+    if mask is None:
+        mask = torch.zeros(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    t, S, L = state.tail_mask.shape[1], k.shape[2], q.shape[2]
+    sums, tail, parts = state[:3], state[3:], []
+    # what fills the open chunk, the whole chunks after it, and what opens the next
+    first = min(reference.CHUNK - t, S) if t else 0
+    whole = first + (S - first) // reference.CHUNK * reference.CHUNK
+    for start, stop in ((0, first), (first, whole), (whole, S)):
+        if start == stop and (parts or stop < S):
+            continue
+        rows = [k[:, :, start:stop], v[:, :, start:stop], mask[:, start:stop]]
+        if t and start == 0:
+            rows = [torch.cat(pair, 1 if pair[0].dim() == 2 else 2) for pair in zip(tail, rows, strict=True)]
+        query = q[:, :, max(start - S + L, 0) : max(stop - S + L, 0)]
+        piece = call._replace(k=rows[0], v=rows[1], mask=rows[2], state=FavorState(*sums, *tail))
+        length, closed = rows[0].shape[2], rows[0].shape[2] % reference.CHUNK == 0
+        if query.shape[2] == length == 1 or (query.shape[2] == 1 < length < reference.CHUNK):
+            parts.append(_step(piece._replace(q=query), *rows))
+        elif query.shape[2] or closed or start == stop:
+            padded = F.pad(query, (0, 0, length - query.shape[2], 0)) if query.shape[2] < length else query
+            output, *after = _attend(piece._replace(q=padded))
+            parts.append(output[:, :, length - query.shape[2] :])
+            sums = after if closed else sums
+        tail = [x[:, :0] if x.dim() == 2 else x[:, :, :0] for x in rows] if closed else rows
+        t = 0
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return output, _state(call, *sums, tail)
 
 
 def _step(call: Call, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -187,7 +187,8 @@ def _map_features(op: str, feature_map: FeatureMap, q: Tensor, k: Tensor, v: Ten
     if not callable(feature_map):
         if not isinstance(feature_map, str) or feature_map not in FUSED:
             known = ", ".join(FUSED)
-            _check.fail(op, f"feature_map must be one of {known} or a callable, got {feature_map!r}")
+            remedy = "for random features pass longattn.Favor(head_dim)"
+            _check.fail(op, f"feature_map must be one of {known} or a callable, got {feature_map!r}; {remedy}")
         return q, k, v, feature_map
     if mask is not None:
         # the map's own backward would make NaN of a padded key's NaN times 0
@@ -331,6 +332,8 @@ def linear_attention(
         reference), one dtype for all, any strides. Sums are float32 (float64 for float64).
     feature_map: phi, "elu" (elu(x)+1), "relu" (max(x, 0) + 1e-3), "identity", or a callable `[..., D] -> [..., M]`, run
         eagerly with autograd. With normalize=True features should be positive: the result divides by their sum.
+        A `longattn.Favor` estimates the softmax kernel, fused in every engine; it needs normalize=True, and its own
+        `temperature` takes the place of a softmax's scale.
     is_causal: query i sees keys 0..i; needs L == S.
     key_padding_mask: bool `[B, S]`, True for a padded key. It leaves numerator and denominator, whatever it holds, NaN
         too.
@@ -382,8 +385,9 @@ def linear_attention_with_state(
 
     Splitting a sequence anywhere and carrying the state equals one call; so does feeding it token by token.
     state: what all queries see beside the keys given here; None is the empty state. `[B, ...]`, or one row for each
-        packed sequence. With a state, causal calls may have L != S: the last query is aligned with the last key, so
-        L < S prefills and reads out only the last L, and L > S lets the first L - S queries see the state alone.
+        packed sequence; a FavorState with a `longattn.Favor` map, else a LinearState. With a state, causal calls may
+        have L != S: the last query is aligned with the last key, so L < S prefills and reads out only the last L, and
+        L > S lets the first L - S queries see the state alone.
     Other arguments, dtypes and errors as in `linear_attention`.
     """
     return _run(
