@@ -67,9 +67,9 @@ def check_agreement(names: list[str]) -> list[str]:
 
 def table_part(run: Run) -> None:
     quick = run.options.quick
-    how = {"seconds": 2, "rounds": (2, 2)} if quick else {"seconds": 20, "rounds": (5, 30)}
+    how = {"seconds": 2, "rounds": (3, 5)} if quick else {"seconds": 20, "rounds": (5, 30)}
     few = {"seconds": 0, "rounds": (1, 1) if quick else (3, 3)}
-    n, title = 4096 if quick else 16384, f"FAVOR+ M={M}"
+    n, title = 16384, f"FAVOR+ M={M}"
     for direction in DIRECTIONS:
         case = favor_case(n, direction=direction)
         run.variants(f"{title}, causal, n={n}, {direction}", {**ours(case), **theirs(case, PEERS)}, **how)
@@ -79,7 +79,7 @@ def table_part(run: Run) -> None:
         # far slower than the others: few rounds of their own, next to ours again. What performer-pytorch runs on a CPU
         # takes a minute and more at 16384
         for name, why, length, modes in (
-            (AS_INSTALLED, "performer-pytorch as installed", 512 if quick else 4096, (True,)),
+            (AS_INSTALLED, "performer-pytorch as installed", 512 if quick else 1024, (True,)),
             ("torch SDPA", "exact attention", 2048 if quick else 4096, (True, False)),
         ):
             for is_causal in modes:

@@ -114,11 +114,11 @@ LEVEL = """
 import sys, torch
 from longattn import native
 from longattn.testing.assertions import check_linear
-from longattn.testing.cases import DTYPES, LINEAR
+from longattn.testing.cases import DTYPES, FAVOR, LINEAR
 torch.set_num_threads(1)
 assert native.extension().isa() == sys.argv[1], native.extension().isa()
 names = {names}
-for case in LINEAR:
+for case in (*LINEAR, *FAVOR):
     if case.name in names:
         for dtype in DTYPES:
             check_linear(case, dtype, "cpu")
@@ -140,6 +140,15 @@ AT_EACH_LEVEL = (
     "random masked, causal=False",
     "packed with everything",
     "packed with states, not causal",
+    "favor, L=1 after a state",
+    "favor, hyperbolic, causal=True",
+    "favor, trig, causal=False",
+    "favor, head dims 1 and 5, 2 hyperbolic features",
+    "favor, head dims 31 and 16, 17 positive features",
+    "favor, head dims 64 and 64, 256 positive features",
+    "favor, exact diagonal with everything",
+    "favor, GQA causal",
+    "favor, packed with everything",
 )
 
 
