@@ -3,6 +3,7 @@
 #   make test             everything that needs no GPU, in a virtual environment of its own (.venv)
 #   make bench            micro-benchmarks, one JSON in bench/results/
 #   make compare          linear attention beside other packages, one JSON in bench/results/
+#   make compare-favor    the same for FAVOR+
 #   make gpu              tests and benchmarks of a machine with an NVIDIA GPU, one JSON in bench/results/
 #   make lint             ruff
 #   make kernels-check    every CUDA and Triton kernel compiled ahead of time
@@ -30,7 +31,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 TORCH_READY := $(STAMPS)/$(call tag,$(TORCH))
 
-.PHONY: help demo test bench compare gpu lint kernels-check wheel-check clean
+.PHONY: help demo test bench compare compare-favor gpu lint kernels-check wheel-check clean
 .SECONDARY:
 
 help:
@@ -51,6 +52,9 @@ bench: $(STAMPS)/built-dev
 
 compare: $(STAMPS)/built-dev
 	$(PY) bench/compare_linear.py $(ARGS)
+
+compare-favor: $(STAMPS)/built-dev
+	$(PY) bench/compare_favor.py $(ARGS)
 
 gpu: $(STAMPS)/built-dev
 	$(PY) bench/gpu.py $(ARGS)

@@ -4,8 +4,9 @@
 
 1. Gate: `pytest tests -m gpu`, then the shapes measured here against the float64 reference. If anything is red, nothing
    is timed and the exit code is 1. Without a GPU: one sentence and exit code 2.
-2. Linear attention in Triton, 1k to 1M tokens, 16 heads, D = E = 64 and raw features M = 256, forward and backward,
-   beside torch's causal SDPA; the decode step in CUDA C++; floors from this GPU's own copy and matmul rates.
+2. Linear attention in Triton, 1k to 1M tokens, 16 heads, D = E = 64, raw features M = 256 and FAVOR+ of 256 features,
+   forward and backward, beside torch's causal SDPA; the decode step in CUDA C++; floors from this GPU's own copy and
+   matmul rates.
 What does not fit into the minutes or the memory is listed as not run. One JSON goes to bench/results/.
 """
 
@@ -63,15 +64,19 @@ def run_tests(seconds: float) -> str | None:
 def check_shapes() -> str | None:
     """None if Triton and the decode step agree with the float64 reference at the shapes measured here."""
     from longattn.testing.assertions import check_linear
-    from longattn.testing.cases import LinearCase
+    from longattn.testing.cases import FavorCase, LinearCase
 
     for (D, feature), dtype in itertools.product(((64, "elu"), (256, "identity")), (torch.bfloat16, torch.float32)):
         name = f"bench {feature}"
-        case = LinearCase(name, B=1, H=4, L=1500, D=D, E=64, feature=feature, is_causal=True, normalize=D == 64)
-        try:
-            check_linear(case, dtype, "triton", "cuda")
-        except AssertionError as error:
-            return str(error)
+        cases = [LinearCase(name, B=1, H=4, L=1500, D=D, E=64, feature=feature, is_causal=True, normalize=D == 64)]
+        if feature == "elu":
+            favor = FavorCase(n_features=256, spread=0.5)
+            cases.append(LinearCase("bench favor", B=1, H=4, L=1500, D=64, E=64, is_causal=True, favor=favor))
+        for case in cases:
+            try:
+                check_linear(case, dtype, "triton", "cuda")
+            except AssertionError as error:
+                return str(error)
     return check_decode()
 
 
@@ -179,7 +184,7 @@ class Measurement:
             why = f"not run: needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
             return self.skip("longattn", case, why)
         self.own(case)
-        if case.D == case.E:
+        if case.feature == "elu":
             for name, (_, dtypes) in BACKENDS.items():
                 if case.dtype in dtypes:
                     self.opponent(name, case)
@@ -273,8 +278,9 @@ def table(rows: list[dict]) -> list[list[str]]:
     header = "features,dtype,direction,n,ours ms,floor ms,x floor,exact ms,speed-up,peak MB of results"
     lines = [header.split(",")]
     own = [row for row in rows if row["contender"] == "longattn" and row["direction"] != "decode"]
-    for row in sorted(own, key=lambda row: (row["D"], row["dtype"], row["direction"] != "forward", row["n"])):
-        what = f"{row['feature']} M={row['D']}"
+    order = "D", "feature", "dtype"
+    for row in sorted(own, key=lambda row: (*(row[x] for x in order), row["direction"] != "forward", row["n"])):
+        what = f"{row['feature']} M={row['n_features'] or row['D']}"
         line = [what, row["dtype"], row["direction"], f"{row['n']:,}"]
         if "skipped" in row:
             lines.append([*line, *[""] * 5, row["skipped"]])
@@ -320,12 +326,13 @@ def main() -> int:
     probed = probe()
     measurement = Measurement(probed, began + 60 * options.minutes - 20)
     measurement.rows += decode(probed)
-    for n, (D, feature), dtype, direction in itertools.product(
-        LENGTHS, ((64, "elu"), (256, "raw")), ("bfloat16", "float32"), ("forward", "backward")
-    ):
-        normalize = feature == "elu"
-        case = Case(n, H=HEADS, D=D, feature=feature, normalize=normalize, dtype=dtype, direction=direction)
-        measurement.measure(case._replace(impl="triton"))
+    maps = (
+        Case(0, H=HEADS, impl="triton"),
+        Case(0, H=HEADS, impl="triton", D=256, feature="raw", normalize=False),
+        Case(0, H=HEADS, impl="triton", feature="favor-positive", n_features=256),
+    )
+    for n, case, dtype, direction in itertools.product(LENGTHS, maps, ("bfloat16", "float32"), ("forward", "backward")):
+        measurement.measure(case._replace(n=n, dtype=dtype, direction=direction))
     show(measurement.rows, probed)
     properties = torch.cuda.get_device_properties(0)
     device = {"name": properties.name, "memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}
