@@ -21,8 +21,12 @@ CASES = {
 }
 # FAVOR+: kind, projections and whether the diagonal is exact come last
 FAVOR_CASES = {
-    80: ("bfloat16,64,64,causal,state,positive,256,estimated",),
-    90: ("bfloat16,64,64,causal,state,positive,256,estimated",),
+    80: ("bfloat16,64,64,causal,state,positive,256,estimated", "float32,64,64,causal,plain,positive,256,estimated"),
+    90: (
+        "bfloat16,64,64,causal,state,positive,256,estimated",
+        "bfloat16,64,64,causal,state,positive,128,exact",
+        "bfloat16,64,64,causal,state,hyperbolic,128,estimated",
+    ),
     100: ("bfloat16,64,64,causal,state,positive,256,estimated",),
 }
 

@@ -35,6 +35,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT_CHUNK = 64
 SCAN_BLOCK = 256
 SPLIT_BLOCK = 16
+# of a thread. Left to itself ptxas spills in the values kernel to halve the registers of 8 warps
+MOST_REGISTERS = 255
 # projections are padded to a multiple of this: no block is larger
 PROJECTIONS = 128
 
@@ -52,13 +54,19 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# how tl.dot multiplies, kernel, head_dim up to -> tiles; the first that fits is taken. Chosen for registers, not yet by time
+# how tl.dot multiplies, what is computed, head_dim up to -> tiles; the first that fits is taken. What is computed: a kernel,
+# alone or with "paired" (kinds) or "exact" (diagonal), or "" for all. Chosen for registers, not yet by time
 TILES = (
+    ("bf16", "points paired", 64, Tiles(32, 64, 32, 16, 8, 1)),
+    ("bf16", "points exact", 64, Tiles(32, 32, 32, 32, 8, 1)),
     ("bf16", "", 64, Tiles(32, 32, 32, 32, 4, 1)),
-    ("bf16", "", 256, Tiles(32, 16, 32, 32, 8, 1)),
+    ("bf16", "totals", 256, Tiles(32, 16, 32, 32, 8, 1)),
+    ("bf16", "", 256, Tiles(32, 32, 64, 64, 8, 1)),
     ("tf32", "points", 64, Tiles(32, 16, 32, 16, 4, 1)),
     ("tf32", "", 64, Tiles(32, 16, 32, 32, 4, 1)),
     ("tf32", "", 256, Tiles(32, 16, 32, 32, 8, 1)),
+    ("ieee", "points exact", 256, Tiles(16, 16, 16, 32, 8, 1)),
+    ("ieee", "values", 256, Tiles(16, 16, 16, 32, 8, 1)),
     ("ieee", "", 256, Tiles(16, 16, 16, 32, 4, 1)),
 )
 
@@ -148,7 +156,10 @@ class _Call:
         return tuple(new(shape, dtype=torch.float32, device=self.device) for shape in shapes)
 
     def tiles(self, kernel: str) -> Tiles:
-        return next(t for dot, of, width, t in TILES if dot == self.dot and of in ("", kernel) and width >= self.D)
+        names = ["", kernel]
+        names += [f"{kernel} paired"] if self.halves == 2 else []
+        names += [f"{kernel} exact"] if self.exact else []
+        return next(t for dot, of, width, t in TILES if dot == self.dot and of in names and width >= self.D)
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
         part = min(max(tiles.part // self.halves, 16), padded(self.P))
@@ -212,7 +223,7 @@ class _Call:
             values_kernel[(programs,)](
                 x, others, c, z, r, self.cu, self.hi, self.lo, self.offset, self.center, *self.owned(state, heads, blocks),
                 y, z if queries else None, r if queries else None, heads, self.Hq // self.H, length, slots, self.sequences,
-                self.segment, self.P, self.size, BN=columns, **self.walk(queries, tiles))
+                self.segment, self.P, self.size, BN=columns, maxnreg=MOST_REGISTERS, **self.walk(queries, tiles))
 
     def points(self, queries: bool, state: State, dx: Tensor, grad: Rows, z: Tensor, h: Tensor, r: Tensor) -> Tensor:
         """dq or dk; -> its part of d root"""
