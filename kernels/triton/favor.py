@@ -4,8 +4,8 @@
     rows     scale, largest projection and logarithm of each query and key
     totals   the sum of each segment, in units of exp(its largest logarithm) favor_states.py
     scan     the state each segment starts from
-    values   outputs, dv: read the state, add the pairs of the chunk         favor_walk.py
-    points   dq, dk and what they give to the temperature
+    values   outputs, dv: read the state, add the pairs of the chunk         favor_values.py
+    points   dq, dk and what they give to the temperature                    favor_points.py
 
 Features and projections are computed at every use and never stored; beside outputs and states a call takes a few floats a
 row. Accumulators and states are float32; what tl.dot multiplies is bfloat16 for bfloat16 inputs, tf32 for float16 (its
@@ -23,9 +23,10 @@ from torch import Tensor
 
 import triton
 
+from .favor_points import points_kernel
 from .favor_rows import Points, rows_kernel, split_kernel, weight_kernel
 from .favor_states import scan_kernel, totals_kernel
-from .favor_walk import points_kernel, values_kernel
+from .favor_values import values_kernel
 from .tiles import EMULATE, Rows, padded, rows_of
 
 MAX_DIM = 256
