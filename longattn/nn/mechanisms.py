@@ -5,6 +5,7 @@ A new one is a frozen dataclass here with `attend` and `weights`; the module ask
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +23,7 @@ from ..ops.linear import linear_attention
 from ..ops.softmax import softmax_attention, softmax_attention_with_weights
 
 
-class Mechanism:
+class Mechanism(abc.ABC):
     """What runs between the projections of an attention module.
 
     Descriptions hold data only: equal fields make equal, hashable, picklable descriptions. A field that is an nn.Module
@@ -33,6 +34,7 @@ class Mechanism:
     # whether any [L, S] mask can be honoured; otherwise causality and key padding only
     takes_attn_mask: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def attend(
         self,
         q: Tensor,
@@ -48,11 +50,10 @@ class Mechanism:
 
         attn_mask (as in F.scaled_dot_product_attention) comes only where `takes_attn_mask`, and never with is_causal.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def weights(self, q: Tensor, k: Tensor, *, is_causal: bool, key_padding_mask: Tensor | None) -> Tensor:
         """The weights `[B, H, L, S]` with which `attend` sums the values, before dropout."""
-        raise NotImplementedError
 
     def attend_with_weights(
         self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, attn_mask: Tensor | None = None, **masks
