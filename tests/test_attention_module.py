@@ -345,8 +345,7 @@ def test_a_mechanism_without_its_methods_says_so():
     class Empty(mechanisms.Mechanism):
         pass
 
-    q = draw(1, 1, 2, 2)
-    with pytest.raises(NotImplementedError):
-        Empty().attend(q, q, q, is_causal=False, key_padding_mask=None, dropout_p=0.0)
+    with pytest.raises(TypeError, match="abstract methods? attend, weights"):
+        Empty()
 
 

@@ -85,6 +85,9 @@ class Exact(Mechanism):
     def attend(self, q, k, v, **arguments) -> Tensor:
         return softmax_attention(q, k, v, **arguments)
 
+    def weights(self, q, k, **masks) -> Tensor:
+        return softmax_attention_with_weights(q, k, k, dropout_p=0.0, **masks).weights
+
     def attend_with_weights(self, q, k, v, **arguments):
         return softmax_attention_with_weights(q, k, v, **arguments)
 
