@@ -345,7 +345,7 @@ def test_a_mechanism_without_its_methods_says_so():
     class Empty(mechanisms.Mechanism):
         pass
 
-    with pytest.raises(TypeError, match="abstract methods? attend, weights"):
+    with pytest.raises(TypeError, match=r"abstract methods? attend, weights"):
         Empty()
 
 
