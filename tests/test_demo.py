@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import psutil
 import pytest
@@ -372,3 +373,20 @@ def test_interruption_keeps_what_was_measured_and_leaves_nothing_running(sample,
     assert picture.exists()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+def test_an_interruption_that_python_drops_still_ends_the_demo():
+    class Loud:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt), demo._interrupts() as check:
+        warnings.simplefilter("ignore")
+        sys.unraisablehook, hook = (lambda _: None), sys.unraisablehook
+        try:
+            loud = Loud()
+            del loud
+        finally:
+            sys.unraisablehook = hook
+        check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
