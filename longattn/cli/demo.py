@@ -8,9 +8,7 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -220,35 +218,7 @@ class Record:
         self.picture = self.settings.picture
 
 
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
-    """Yields a function that raises KeyboardInterrupt once Ctrl-C has come.
-
-    Python drops the exception where a destructor or a callback of the garbage collector was running, and the demo would
-    go on as if nothing had been said.
-    """
-    came = False
-
-    def handle(*_) -> None:
-        nonlocal came
-        came = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield check
-        return
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _compare_attention(record: Record, display, check: Callable[[], None]) -> None:
+def _compare_attention(record: Record, display) -> None:
     import psutil
 
     from . import _compare, _measure
@@ -265,7 +235,6 @@ def _compare_attention(record: Record, display, check: Callable[[], None]) -> No
     )
     with contextlib.closing(found), display.comparison(record.points, record.shape) as update:
         for point in found:
-            check()
             record.points.append(point)
             update()
     at = record.exact_measured_at
@@ -273,13 +242,12 @@ def _compare_attention(record: Record, display, check: Callable[[], None]) -> No
     record.exact_in_model = point if at == plan.length else _compare.predict(point, plan.length)
 
 
-def _train_model(record: Record, display, check: Callable[[], None]) -> None:
+def _train_model(record: Record, display) -> None:
     from . import _measure, _train
 
     messages = _measure.stream(_train.train, record.text.training, record.text.held_out, record.plan)
     with contextlib.closing(messages), display.training(record.plan.length) as update:
         for message in messages:
-            check()
             if isinstance(message, _train.Step):
                 record.steps.append(message)
                 update(message)
@@ -305,12 +273,11 @@ def run(args) -> int:
     record = Record(settings, text, engine)
     code, ended, last_words = 0, "complete", ""
     try:
-        with _interrupts() as check:
-            _show.header(display, record)
-            _compare_attention(record, display, check)
-            _show.break_even(display, record)
-            _train_model(record, display, check)
-            _show.summary(display, record)
+        _show.header(display, record)
+        _compare_attention(record, display)
+        _show.break_even(display, record)
+        _train_model(record, display)
+        _show.summary(display, record)
     except KeyboardInterrupt:
         code, ended, last_words = 130, "interrupted", "interrupted"
     except WorkerError as error:
