@@ -42,6 +42,11 @@ FAVOR_KINDS = ("positive", "hyperbolic", "relu", "trig")
 FAVOR_PAIRED = ("hyperbolic", "trig")
 
 
+def favor_count(projection: Tensor, kind: str) -> int:
+    """M, how many features the projections make."""
+    return projection.shape[0] * (2 if kind in FAVOR_PAIRED else 1)
+
+
 def favor_norm(projection: Tensor, kind: str) -> int:
     """phi.phi is divided by this number to be a mean: of all features, or of trig's pairs."""
     return projection.shape[0] * (2 if kind == "hyperbolic" else 1)

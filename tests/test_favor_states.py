@@ -106,6 +106,19 @@ def test_decoding_from_tensors_that_are_written_again_equals_one_call(case, kern
 
 
 @maps(MAPS[0], MAPS[4])
+@pytest.mark.parametrize("S", [0, 5, 63, 64, 70])
+def test_keys_without_queries_fill_the_state(S, case, impl, device):
+    q, k, v = qkv(L=90, device=device)
+    options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": impl}
+    _, state = linear_attention_with_state(*(x[:, :, :1] for x in (q, k, v)), **options)
+    end = 1 + S
+    output, state = linear_attention_with_state(q[:, :, :0], k[:, :, 1:end], v[:, :, 1:end], state=state, **options)
+    assert output.shape == (2, 2, 0, 12)
+    rest, _ = linear_attention_with_state(*(x[:, :, end:] for x in (q, k, v)), state=state, **options)
+    assert_near(rest, linear_attention(q, k, v, **options)[:, :, end:])
+
+
+@maps(MAPS[0], MAPS[4])
 def test_a_state_keeps_nothing_but_itself_alive(case, impl, device):
     q, k, v = qkv(L=1000, B=1, device=device)
     options = {"feature_map": case.build(8, 2, device), "is_causal": True, "impl": impl}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..features import FAVOR_PAIRED
+from ..features import favor_count
 from . import contiguous, empty, extension
 from .linear import Problem, slots_of
 
@@ -18,7 +18,7 @@ class _Favor(Problem):
         self, q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, *, kind, l2, exact_diagonal,
         **options,
     ):  # fmt: skip
-        self.features = projection.shape[0] * (2 if kind in FAVOR_PAIRED else 1)
+        self.features = favor_count(projection, kind)
         self.projections = projection.shape[0]
         super().__init__(q, k, v, mask, cu_seqlens, kv, k_sum, feature="identity", normalize=True, scale=1.0, **options)
         self.tensors |= {"log_scale": contiguous(log_scale), "projection": projection, "mean": mean}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..favor import Favor
-from ..features import FAVOR_PAIRED, favor_features, favor_norm, favor_rows, unit_rows
+from ..features import favor_count, favor_features, favor_norm, favor_rows, unit_rows
 from ..native import favor as native_favor
 from ..reference import favor as reference
 from ..state import FavorState
@@ -67,7 +67,7 @@ def _(q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, *
     *options, save_segments = rest
     options = Options(*options)
     (B, Hq, L, _), (_, H, _, E) = q.shape, v.shape
-    acc, M = accumulator(q.dtype), features(projection, options.kind)
+    acc, M = accumulator(q.dtype), favor_count(projection, options.kind)
     n, ns = sequences(q, cu_seqlens), slots(q, cu_seqlens, options.is_causal, options.segment)
     saved = ((B, H, ns, M, E), (B, H, ns, M), (B, H, ns)) if save_segments else ((0,), (0,), (0,))
     shapes = ((B, Hq, L), (B, Hq, L), *saved, (n, H, M, E), (n, H, M), (n, H))
@@ -79,11 +79,6 @@ def _(grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, *rest
     acc = accumulator(q.dtype)
     states = (q.new_empty(0 if x is None else x.shape, dtype=acc) for x in (kv, k_sum))
     return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty((), dtype=acc), *states
-
-
-def features(projection: Tensor, kind: str) -> int:
-    """M, how many features the projections make."""
-    return projection.shape[0] * (2 if kind in FAVOR_PAIRED else 1)
 
 
 def _forward(*arguments):
@@ -148,7 +143,7 @@ class _FavorAttention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_kv is not None or grad_k_sum is not None:
-            M = features(projection, ctx.options.kind)
+            M = favor_count(projection, ctx.options.kind)
             shape, acc = (sequences(q, cu_seqlens), k.shape[1], M, v.shape[3]), accumulator(q.dtype)
             grad_kv = q.new_zeros(shape, dtype=acc) if grad_kv is None else grad_kv
             grad_k_sum = q.new_zeros(shape[:3], dtype=acc) if grad_k_sum is None else grad_k_sum
@@ -333,7 +328,7 @@ def _run_in_chunks(call: Call) -> tuple[Tensor, FavorState]:
     q, k, v, mask, state = call.q, call.k, call.v, call.mask, call.state
     if state is None:
         state = FavorState.zeros(
-            *k.shape[:2], features(call.projection, call.options.kind), v.shape[3], k.shape[3], device=k.device,
+            *k.shape[:2], favor_count(call.projection, call.options.kind), v.shape[3], k.shape[3], device=k.device,
             dtype=accumulator(k.dtype),
         )  # fmt: skip
     if mask is None:
@@ -352,9 +347,9 @@ def _run_in_chunks(call: Call) -> tuple[Tensor, FavorState]:
         query = q[:, :, max(start - S + L, 0) : max(stop - S + L, 0)]
         piece = call._replace(k=rows[0], v=rows[1], mask=rows[2], state=FavorState(*sums, *tail))
         length, closed = rows[0].shape[2], rows[0].shape[2] % reference.CHUNK == 0
-        if query.shape[2] == length == 1 or (query.shape[2] == 1 < length < reference.CHUNK):
+        if query.shape[2] == 1 and length < reference.CHUNK:
             parts.append(_step(piece._replace(q=query), *rows))
-        elif query.shape[2] or closed or start == stop:
+        elif query.shape[2] or closed or (stop == S and not parts):
             padded = F.pad(query, (0, 0, length - query.shape[2], 0)) if query.shape[2] < length else query
             output, *after = _attend(piece._replace(q=padded))
             parts.append(output[:, :, length - query.shape[2] :])
