@@ -88,6 +88,55 @@ void linear_backward(const py::dict& problem, const py::dict& results) {
   (x.favor.projection ? kernels.favor_backward : kernels.linear_backward)(x, y);
 }
 
+SoftmaxProblem softmax_problem(const py::dict& fields) {
+  Views get{fields};
+  SoftmaxProblem x;
+  x.q = get("q"), x.k = get("k"), x.v = get("v"), x.mask = get("mask"), x.cu_seqlens = get("cu_seqlens");
+  x.key_scale = get("key_scale"), x.order_q = get("order_q"), x.order_k = get("order_k");
+  x.rank_q = get("rank_q"), x.rank_k = get("rank_k"), x.bucket_q = get("bucket_q"), x.bucket_k = get("bucket_k");
+  x.chunk = fields["chunk"].cast<int64_t>(), x.look_back = fields["look_back"].cast<int64_t>();
+  x.look_ahead = fields["look_ahead"].cast<int64_t>(), x.is_causal = fields["is_causal"].cast<bool>();
+  x.dedupe = fields["dedupe"].cast<bool>(), x.wrap = fields["wrap"].cast<bool>();
+  x.self = static_cast<SelfRule>(fields["self_rule"].cast<int>()), x.scale = fields["scale"].cast<double>();
+  x.dropout_p = fields["dropout_p"].cast<double>(), x.seed = fields["seed"].cast<uint64_t>();
+  x.threads = fields["threads"].cast<int>(), x.workspace = get("workspace");
+  return x;
+}
+
+void softmax_forward(const py::dict& problem, const py::dict& results) {
+  SoftmaxProblem x = softmax_problem(problem);
+  Views get{results};
+  SoftmaxForward y{get("out"), get("lse"), get("top")};
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.softmax_forward(x, y);
+}
+
+void softmax_backward(const py::dict& problem, const py::dict& results) {
+  SoftmaxProblem x = softmax_problem(problem);
+  Views get{results};
+  SoftmaxBackward y{get("grad_out"), get("out"), get("lse"), get("delta"), get("dq"), get("dk"), get("dv")};
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.softmax_backward(x, y);
+}
+
+void lsh_hash(const py::dict& fields, const std::vector<int64_t>& factors, int threads) {
+  Views get{fields};
+  LshHash x{get("x"), get("extra"), get("rotations"), factors, threads, get("buckets"), get("workspace")};
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.lsh_hash(x);
+}
+
+void lsh_sort(const py::dict& fields, int64_t n_keys, int64_t chunk, int threads) {
+  Views get{fields};
+  LshSort x{get("keys"), get("cu_seqlens"), n_keys, chunk, threads, get("order"), get("rank"), get("workspace")};
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.lsh_sort(x);
+}
+
 #if defined(LONGATTN_WITH_CUDA)
 void launched(int error, const char* what) {
   if (error) throw std::runtime_error(std::string("longattn: ") + what + " did not launch: " + cuda::error_string(error));
@@ -151,4 +200,14 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("linear_forward", linear_forward);
   m.def("linear_backward", linear_backward);
+  m.def("softmax_workspace", [](const py::dict& problem, bool backward) {
+    return active_kernels().softmax_workspace(softmax_problem(problem), backward);
+  });
+  m.def("softmax_forward", softmax_forward);
+  m.def("softmax_backward", softmax_backward);
+  m.def("lsh_workspace", [](int64_t head_dim, int64_t n_keys, int threads) {
+    return active_kernels().lsh_workspace(head_dim, n_keys, threads);
+  });
+  m.def("lsh_hash", lsh_hash);
+  m.def("lsh_sort", lsh_sort);
 }

@@ -299,7 +299,7 @@ def test_packed_causal_calls_need_as_many_queries_as_keys_even_with_a_state(impl
     ids=str,
 )
 def test_the_cpu_kernels_refuse_wrong_boundaries(bounds, is_causal):
-    sentence = "^linear_attention: cu_seqlens must start at 0, never decrease and end at the length 6, got "
+    sentence = "^longattn: cu_seqlens must start at 0, never decrease and end at the length 6, got "
     with pytest.raises(ValueError, match=sentence):
         linear_attention(*ONE, cu_seqlens=cu(*bounds), is_causal=is_causal, impl="cpu")
 

@@ -13,6 +13,12 @@ void favor_forward(const LinearProblem&, const LinearForward&);
 void favor_backward(const LinearProblem&, const LinearBackward&);
 int64_t linear_workspace(int64_t head_dim, int64_t value_dim, int64_t features, int64_t projections, bool float64,
                          int threads);
+void softmax_forward(const SoftmaxProblem&, const SoftmaxForward&);
+void softmax_backward(const SoftmaxProblem&, const SoftmaxBackward&);
+int64_t softmax_workspace(const SoftmaxProblem&, bool backward);
+void lsh_hash(const LshHash&);
+void lsh_sort(const LshSort&);
+int64_t lsh_workspace(int64_t head_dim, int64_t n_keys, int threads);
 
 // GFLOP/s of one core in float32 tiles on a 64 x 64 x 64 product that stays in the first cache
 static double peak_gflops(int64_t repeats) {
@@ -30,7 +36,8 @@ static double peak_gflops(int64_t repeats) {
 #define LONGATTN_NAME(x) LONGATTN_TEXT(x)
 extern const Kernels kernels = {
     LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, favor_forward, favor_backward,
-    linear_workspace, peak_gflops,
+    linear_workspace, softmax_forward, softmax_backward, softmax_workspace, lsh_hash, lsh_sort, lsh_workspace,
+    peak_gflops,
 };
 
 }  // namespace longattn::LONGATTN_ISA

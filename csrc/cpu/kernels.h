@@ -1,6 +1,8 @@
 // One entry point of every CPU kernel for every instruction set it was compiled for.
 #pragma once
 #include "linear.h"
+#include "lsh.h"
+#include "softmax.h"
 
 namespace longattn {
 
@@ -12,6 +14,12 @@ struct Kernels {
   void (*favor_backward)(const LinearProblem&, const LinearBackward&);
   int64_t (*linear_workspace)(int64_t head_dim, int64_t value_dim, int64_t features, int64_t projections, bool float64,
                               int threads);
+  void (*softmax_forward)(const SoftmaxProblem&, const SoftmaxForward&);
+  void (*softmax_backward)(const SoftmaxProblem&, const SoftmaxBackward&);
+  int64_t (*softmax_workspace)(const SoftmaxProblem&, bool backward);
+  void (*lsh_hash)(const LshHash&);
+  void (*lsh_sort)(const LshSort&);
+  int64_t (*lsh_workspace)(int64_t head_dim, int64_t n_keys, int threads);
   double (*peak_gflops)(int64_t repeats);
 };
 

@@ -10,32 +10,11 @@
 // Sums may have logarithms: exp-like features are scaled row by row so that nothing overflows, and a state then has a
 // `scale` that grows with the largest row it has seen (math of the log-space stabiliser: longattn/features.py).
 #pragma once
-#include <limits>
-
-#include "tile.h"
+#include "matrix.h"
 
 namespace longattn::LONGATTN_ISA {
 
 constexpr int64_t chunk = 64;
-
-// a leading dimension of whole cache lines, an odd number of them: columns then spread over all sets of the cache
-template <class T>
-inline int64_t leading(int64_t n) {
-  constexpr int64_t line = 64 / sizeof(T);
-  int64_t lines = (n + line - 1) / line;
-  return (lines | 1) * line;
-}
-
-template <class T>
-struct Matrix {
-  T* p = nullptr;
-  int64_t ld = 0;
-  T* row(int64_t i) const { return p + i * ld; }
-};
-
-// A product reads its factors as T or, for bfloat16 inputs, as pairs (then A is Pair and depths count pairs).
-template <class A>
-constexpr int64_t per = std::is_same_v<A, Pair> ? 2 : 1;
 
 // p[i][j] = a_i . b_j for j <= i, with b_transposed [depth][rows]; above the diagonal p is unspecified
 template <class T, class A>
@@ -85,13 +64,6 @@ void outputs(int64_t rows, Within<T, A> own, int64_t depth, Matrix<A> a, Matrix<
   });
 }
 
-// `scale` of a sum: the sum itself is what is stored times e^scale; -infinity for a sum of nothing
-template <class T>
-constexpr T nothing = -std::numeric_limits<T>::infinity();
-// e^(log - scale) for log <= scale, 0 for nothing
-template <class T>
-inline T share_of(T log, T scale) { return log == nothing<T> ? T(0) : std::exp(log - scale); }
-
 template <class T>
 struct State {
   Matrix<T> base, local, current;
@@ -137,25 +109,6 @@ void accumulate(int64_t rows, int64_t depth, Matrix<A> b_transposed, Matrix<A> c
       tile.store_sum(base, current, state.base.ld);
     }
   });
-}
-
-// rows of T as pairs along the row (zero from n on, whole vectors of pairs), and pairs of two successive rows
-inline void pair_along(int64_t rows, int64_t n, Matrix<float> from, Matrix<Pair> to) {
-  constexpr int W = width<float>;
-  for (int64_t r = 0; r < rows; ++r) {
-    uint16_t* row = reinterpret_cast<uint16_t*>(to.row(r));
-    for (int64_t i = 0; i < round_up(n, 2 * W); i += W) {
-      HalfBits x = __builtin_convertvector(i < n ? round_to_bf16(load(from.row(r) + i)) : Bits{}, HalfBits);
-      std::memcpy(row + i, &x, sizeof x);
-    }
-  }
-}
-inline void pair_across(int64_t rows, int64_t n, Matrix<float> from, Matrix<Pair> to) {
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t i = 0; i < n; i += width<float>) {
-      Bits second = r + 1 < rows ? round_to_bf16(load(from.row(r + 1) + i)) : Bits{};
-      store(to.row(r / 2) + i, round_to_bf16(load(from.row(r) + i)) | second << 16);
-    }
 }
 
 // z_i = sum_{j <= i} p[i][j] + share_i (a_i . sums) for a square of rows at a time; p and share may be null, a is

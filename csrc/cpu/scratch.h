@@ -8,19 +8,6 @@ struct Sizes {
   int64_t D, E, M, P;  // P projections, 0 without
 };
 
-template <class T>
-struct Arena {
-  char* memory;
-  int64_t bytes = 0;
-  template <class A = T>
-  Matrix<A> take(int64_t rows, int64_t columns) {
-    int64_t ld = leading<A>(columns);
-    Matrix<A> m{reinterpret_cast<A*>(memory + bytes), ld};
-    bytes += round_up(rows * ld * static_cast<int64_t>(sizeof(A)), 64);
-    return m;
-  }
-};
-
 // the scratch of one worker; the same walk over no memory measures it. `forward` keeps the state as [M][E], the backward
 // as [E+1][M]
 template <class T>

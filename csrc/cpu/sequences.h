@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "linear.h"
+#include "common/view.h"
 #include "parallel.h"
 
 namespace longattn::LONGATTN_ISA {
@@ -50,7 +50,7 @@ struct Sequences {
     bool ok = boundary(0) == 0 && boundary(N) == L;
     for (int64_t n = 0; n < N; ++n) ok = ok && boundary(n) <= boundary(n + 1);
     if (!ok)
-      throw std::invalid_argument("linear_attention: cu_seqlens must start at 0, never decrease and end at the length " +
+      throw std::invalid_argument("longattn: cu_seqlens must start at 0, never decrease and end at the length " +
                                   std::to_string(L) + ", got " + std::to_string(boundary(0)) + " .. " +
                                   std::to_string(boundary(N)));
   }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,6 +40,12 @@ template <class T>
 inline V<T> load(const T* p) { return *reinterpret_cast<const typename vector_of<T>::unaligned*>(p); }
 template <class T>
 inline void store(T* p, V<T> x) { *reinterpret_cast<typename vector_of<T>::unaligned*>(p) = x; }
+// whole numbers in lanes of the same size
+template <class T>
+using Int = typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type;
+template <class T>
+using UInt = typename std::make_unsigned<Int<T>>::type;
+
 // x - 0 and not x + 0, which would lose the sign of -0
 template <class T>
 inline V<T> broadcast(T x) { return x - V<T>{}; }

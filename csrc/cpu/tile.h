@@ -2,6 +2,7 @@
 // element by element, the right one is read in whole vectors.
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "simd.h"
 
@@ -21,6 +22,13 @@ template <class T>
 inline V<T> merge(V<T> a, T a_share, V<T> b, T b_share) {
   return fma(broadcast(a_share), a, broadcast(b_share) * b);
 }
+
+// `scale` of a sum: the sum itself is what is stored times e^scale; -infinity for a sum of nothing
+template <class T>
+constexpr T nothing = -std::numeric_limits<T>::infinity();
+// e^(log - scale) for log <= scale, 0 for nothing
+template <class T>
+inline T share_of(T log, T scale) { return log == nothing<T> ? T(0) : std::exp(log - scale); }
 
 template <class T, int R, int N>
 struct Tile {
@@ -93,6 +101,21 @@ struct Tile {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         auto left = broadcast(a[r * lda + k]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[r][n] = fma(left, right[n], acc[r][n]);
+      }
+    }
+  }
+  // acc += a^T b with a [depth][R]
+  template <class A>
+  void multiply_add_transposed(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k) {
+      decltype(load(b)) right[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) right[n] = load(b + k * ldb + n * width<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        auto left = broadcast(a[k * lda + r]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[r][n] = fma(left, right[n], acc[r][n]);
       }

@@ -1,0 +1,354 @@
+// Backward: scores are computed again. A segment owns tiles of queries and of keys: it sums dQ of its queries over all
+// the keys they see, and dK, dV of its keys over all the queries that see them, key tiles outermost, in ascending order.
+// So nobody else writes those rows in this round, and how a head is cut into segments changes no bit.
+#pragma once
+#include <vector>
+
+#include "softmax_tiles.h"
+
+namespace longattn::LONGATTN_ISA {
+
+template <class T>
+struct QueryTile {
+  Origin<T> origin;
+  Matrix<T> q, g, dq;      // rows of q, of grad_out, of the gradient
+  T *lse, *delta;
+  bool loaded;
+
+  void take(Arena<T>& arena, const Tiles& x) {
+    origin.take(arena, x.R);
+    q = arena.take(tile_tokens, padded<T>(x.D)), g = arena.take(tile_tokens, padded<T>(x.E));
+    dq = arena.take(tile_tokens, padded<T>(x.D));
+    lse = arena.take(1, tile_tokens).p, delta = arena.take(1, tile_tokens).p;
+  }
+};
+
+template <class T>
+struct BackwardScratch {
+  QueryTile<T>* own;       // of the segment
+  QueryTile<T> guest;      // of another segment
+  Origin<T> k_origin;
+  T* factor;
+  Matrix<T> k, k_transposed, v, v_transposed, dk, dv, p, ds, kept, row;
+  int64_t bytes;
+
+  BackwardScratch(char* memory, const Tiles& x, int64_t segment) {
+    Arena<T> arena{memory};
+    int64_t D = padded<T>(x.D), E = padded<T>(x.E);
+    own = reinterpret_cast<QueryTile<T>*>(arena.template take<char>(1, segment * int64_t(sizeof(QueryTile<T>))).p);
+    QueryTile<T> unwritten;
+    for (int64_t i = 0; i < segment; ++i) (memory ? own[i] : unwritten).take(arena, x);
+    guest.take(arena, x), k_origin.take(arena, x.R);
+    factor = arena.take(1, tile_tokens).p;
+    k = arena.take(tile_tokens, D), k_transposed = arena.take(D, tile_tokens), dk = arena.take(tile_tokens, D);
+    v = arena.take(tile_tokens, E), v_transposed = arena.take(E, tile_tokens), dv = arena.take(tile_tokens, E);
+    for (Matrix<T>* m : {&p, &ds, &kept}) *m = arena.take(tile_tokens, tile_tokens);
+    row = arena.take(4, std::max(D, E));
+    bytes = arena.bytes;
+  }
+};
+
+template <class T>
+struct TileBackward {
+  static constexpr int64_t segment_of_windows = 32, longest_segment = 512;  // query tiles
+  const SoftmaxProblem& x;
+  const SoftmaxBackward& y;
+  Tiles tiles;
+  using Worker = BackwardScratch<T>;
+
+  TileBackward(const SoftmaxProblem& x, const SoftmaxBackward& y) : x(x), y(y), tiles(x) {}
+
+  int64_t query_tiles() const { return Tiling(tiles.L, x.chunk).tiles(); }
+  int64_t key_heads() const { return tiles.sequences.N * tiles.H; }
+  // all queries see all keys: a segment of a whole head computes no score twice
+  int64_t segment() const {
+    Tiling keys(tiles.S, x.chunk);
+    bool windowed = (std::min(x.look_back, keys.chunks) + std::min(x.look_ahead, keys.chunks) + 1) * keys.per_chunk <= segment_of_windows;
+    int64_t all = std::max<int64_t>(query_tiles(), 1);
+    if (windowed) return std::min(all, segment_of_windows);
+    int64_t parts = key_heads() >= x.threads ? 1 : 2 * x.threads;
+    return std::clamp<int64_t>((all + parts - 1) / parts, 1, longest_segment);
+  }
+  int64_t segments() const { return std::max<int64_t>((query_tiles() + segment() - 1) / segment(), 1); }
+  int64_t wave() const {
+    return std::clamp<int64_t>((4 * x.threads + segments()) / segments(), 1, std::max<int64_t>(key_heads(), 1));
+  }
+  bool needs_sums() const { return x.q.dtype != (sizeof(T) == 8 ? DType::f64 : DType::f32); }
+  // of one key head: dq of its query heads, dk and dv
+  int64_t dq_size() const { return tiles.L * tiles.D; }
+  int64_t dk_size() const { return tiles.shared ? 0 : tiles.S * tiles.D; }
+  int64_t sums_size() const { return tiles.groups * dq_size() + dk_size() + tiles.S * tiles.E; }
+  int64_t sums_bytes() const { return needs_sums() ? wave() * sums_size() * int64_t(sizeof(T)) : 0; }
+  int64_t workspace() const { return x.threads * Worker(nullptr, tiles, segment()).bytes + round_up(sums_bytes(), 64) + 64; }
+
+  // rows of gradients in the working type
+  struct Sums {
+    T *dq, *dk, *dv;
+  };
+
+  void run() {
+    DType acc = sizeof(T) == 8 ? DType::f64 : DType::f32;
+    for (const View* v : {&y.grad_out, &y.out})
+      expect_shape(*v, "out", {tiles.B, tiles.Hq, tiles.L, tiles.E}), expect_dtype(*v, "out", x.q.dtype);
+    for (const View* v : {&y.lse, &y.delta})
+      expect_shape(*v, "lse", {tiles.B, tiles.Hq, tiles.L}), expect_dtype(*v, "lse", acc);
+    expect_shape(y.dq, "dq", {tiles.B, tiles.Hq, tiles.L, tiles.D}), expect_dtype(y.dq, "dq", x.q.dtype);
+    if (!tiles.shared) expect_shape(y.dk, "dk", {tiles.B, tiles.H, tiles.S, tiles.D}), expect_dtype(y.dk, "dk", x.q.dtype);
+    expect_shape(y.dv, "dv", {tiles.B, tiles.H, tiles.S, tiles.E}), expect_dtype(y.dv, "dv", x.q.dtype);
+    expect(x.threads >= 1 && x.workspace.elements() >= workspace(), "the workspace is too small");
+    char* memory = x.workspace.data + (64 - reinterpret_cast<uintptr_t>(x.workspace.data) % 64) % 64;
+    T* sums = reinterpret_cast<T*>(memory);
+    memory += round_up(sums_bytes(), 64);
+    std::vector<Worker> workers;
+    int64_t bytes = Worker(nullptr, tiles, segment()).bytes, all = key_heads(), n = segments(), wave = this->wave();
+    for (int i = 0; i < x.threads; ++i) workers.emplace_back(memory + i * bytes, tiles, segment());
+    for (int64_t first = 0; first < all; first += wave) {
+      int64_t tasks = std::min(wave, all - first) * n;
+      auto each = [&](auto&& f) {
+        parallel_tasks(tasks, x.threads, [&](int64_t task, int me) {
+          f(workers[me], first + task / n, task % n, task / n);
+        });
+      };
+      for (int64_t group = 0; group < tiles.groups; ++group) {
+        each([&](Worker& w, int64_t key_head, int64_t part, int64_t place) {
+          begin(w, head(key_head, group), group, part, n, sums_of(sums, key_head, group, place));
+        });
+        for (int64_t round = 0; round < tiles.R; ++round)
+          each([&](Worker& w, int64_t key_head, int64_t part, int64_t place) {
+            segment_of_round(w, head(key_head, group), round, part, n, sums_of(sums, key_head, group, place));
+          });
+      }
+      if (needs_sums())
+        each([&](Worker&, int64_t key_head, int64_t part, int64_t place) {
+          for (int64_t group = 0; group < tiles.groups; ++group)
+            convert_rows(head(key_head, group), group, part, n, sums_of(sums, key_head, group, place));
+        });
+    }
+  }
+
+  Head head(int64_t key_head, int64_t group) const {
+    return tiles.head(key_head / tiles.H * tiles.Hq + key_head % tiles.H * tiles.groups + group);
+  }
+  // indexed by position; packed sequences share the batch entry's axis
+  Sums sums_of(T* sums, int64_t key_head, int64_t group, int64_t place) const {
+    Head h = head(key_head, group);
+    Sums y;
+    if (needs_sums()) {
+      T* base = sums + place * sums_size();
+      y = {base + group * dq_size(), base + tiles.groups * dq_size(), base + tiles.groups * dq_size() + dk_size()};
+    } else {
+      y = {this->y.dq.template as<T>() + (h.b * tiles.Hq + h.h) * tiles.L * tiles.D, nullptr,
+           this->y.dv.template as<T>() + (h.b * tiles.H + h.kv) * tiles.S * tiles.E};
+      if (!tiles.shared) y.dk = this->y.dk.template as<T>() + (h.b * tiles.H + h.kv) * tiles.S * tiles.D;
+    }
+    if (tiles.shared) y.dk = y.dq;
+    return y;
+  }
+  static Range share_of_rows(int64_t length, int64_t part, int64_t parts) {
+    return {length * part / parts, length * (part + 1) / parts};
+  }
+  T& of(const View& v, const Head& head, int64_t i) const {
+    return v.as<T>()[head.b * v.stride[0] + head.h * v.stride[1] + i * v.stride[2]];
+  }
+  bool padded_key(const Head& head, int64_t at) const {
+    return x.mask && x.mask.as<bool>()[head.b * x.mask.stride[0] + at * x.mask.stride[1]];
+  }
+  T factor_of(const Head& head, int64_t at) const {
+    T scale = static_cast<T>(x.scale);
+    if (x.key_scale)
+      scale *= x.key_scale.as<T>()[head.b * x.key_scale.stride[0] + head.kv * x.key_scale.stride[1] + at * x.key_scale.stride[2]];
+    return scale;
+  }
+  static void row_of(const View& from, int64_t b, int64_t h, int64_t at, int64_t n, T* to) {
+    with_type(from.dtype, [&](auto type) {
+      using From = decltype(type);
+      if constexpr ((sizeof(T) == 8) == (sizeof(From) == 8))
+        load_row(from.as<From>() + b * from.stride[0] + h * from.stride[1] + at * from.stride[2], from.stride[3], n, to);
+    });
+  }
+
+  // delta of every query, and gradients at first: 0, and what a row has of its own key
+  void begin(Worker& w, const Head& head, int64_t group, int64_t part, int64_t parts, const Sums& sums) const {
+    Range keys = share_of_rows(head.keys.length, part, parts), queries = share_of_rows(head.queries.length, part, parts);
+    if (group == 0)
+      for (int64_t i = keys.first; i < keys.last; ++i) {
+        int64_t at = head.keys.start + i;
+        if (!tiles.shared) std::fill(sums.dk + at * tiles.D, sums.dk + (at + 1) * tiles.D, T(0));
+        std::fill(sums.dv + at * tiles.E, sums.dv + (at + 1) * tiles.E, T(0));
+      }
+    Dropout<T> dropout(x, head.b * tiles.Hq + head.h);
+    for (int64_t i = queries.first; i < queries.last; ++i) {
+      int64_t at = head.queries.start + i;
+      T *g = w.row.row(0), *o = w.row.row(1), lse = of(y.lse, head, at);
+      std::fill(sums.dq + at * tiles.D, sums.dq + (at + 1) * tiles.D, T(0));
+      if (lse == nothing<T>) {
+        of(y.delta, head, at) = 0;
+        if (x.self != SelfRule::fallback || padded_key(head, at)) continue;
+        // all this row had was its own value
+        row_of(y.grad_out, head.b, head.h, at, tiles.E, g);
+        T kept = dropout.factor(at, at);
+        for (int64_t e = 0; e < tiles.E; ++e) sums.dv[at * tiles.E + e] += kept == 0 ? 0 : kept * g[e];
+        continue;
+      }
+      row_of(y.grad_out, head.b, head.h, at, tiles.E, g), row_of(y.out, head.b, head.h, at, tiles.E, o);
+      T delta = of(y.delta, head, at) = dot(g, o, tiles.E);
+      if (x.self != SelfRule::always || padded_key(head, at)) continue;
+      T *q = w.row.row(2), *k = w.row.row(3), factor = factor_of(head, at);
+      row_of(x.q, head.b, head.h, at, tiles.D, q), row_of(tiles.shared ? x.q : x.k, head.b, head.kv, at, tiles.D, k);
+      T score = dot(q, k, tiles.D) * factor;
+      T p = std::exp(score - lse), kept = dropout.factor(at, at);
+      for (int64_t e = 0; e < tiles.E; ++e) sums.dv[at * tiles.E + e] += p * kept * g[e];
+      row_of(x.v, head.b, head.kv, at, tiles.E, o);
+      T ds = p * (kept * dot(g, o, tiles.E) - delta) * factor;
+      for (int64_t d = 0; d < tiles.D; ++d) sums.dq[at * tiles.D + d] += ds * k[d], sums.dk[at * tiles.D + d] += ds * q[d];
+    }
+  }
+
+  void load_queries(QueryTile<T>& t, const Head& head, int64_t round, int64_t tile) const {
+    Tiling queries = tiles.query_tiling(head);
+    Place place = tiles.place(round, tile, queries);
+    Origin<T>& q = t.origin;
+    locate(tiles, false, head.b, head.h, head.queries, queries, place, tiles.shared, round + 1, q);
+    // what is not finite reaches the gradients through lse and delta
+    gather(x.q, head.b, head.h, q, tiles.D, t.q, true);
+    std::fill(q.bad, q.bad + tile_tokens, q.any_bad = false);
+    gather(y.grad_out, head.b, head.h, q, tiles.E, t.g, true);
+    for (int64_t i = 0; i < q.rows; ++i)
+      t.lse[i] = of(y.lse, head, q.position[i]), t.delta[i] = of(y.delta, head, q.position[i]);
+    for (int64_t i = 0; i < q.rows; ++i) std::fill(t.dq.row(i), t.dq.row(i) + padded<T>(tiles.D), T(0));
+    t.loaded = true;
+  }
+
+  void segment_of_round(Worker& w, const Head& head, int64_t round, int64_t part, int64_t parts, const Sums& sums) {
+    Tiling queries = tiles.query_tiling(head), keys = tiles.key_tiling(head);
+    int64_t q_tiles = queries.tiles(), k_tiles = keys.tiles(), step = segment();
+    // tiles of queries in segments of one size, keys in as many parts
+    Range own_q{std::min(part * step, q_tiles), std::min((part + 1) * step, q_tiles)};
+    Range own_k = tiles.shared ? own_q : share_of_rows(k_tiles, part, parts);
+    for (int64_t t = own_q.first; t < own_q.last; ++t) w.own[t - own_q.first].loaded = false;
+    Range all = own_k;
+    if (own_q.first < own_q.last) {
+      Range low = tiles.window(head, round, own_q.first), high = tiles.window(head, round, own_q.last - 1);
+      if (all.first == all.last) all = low;
+      all.first = std::min(all.first, low.first), all.last = std::max(all.last, high.last);
+    }
+    Dropout<T> dropout(x, head.b * tiles.Hq + head.h);
+    for (int64_t tile = all.first; tile < all.last; ++tile) {
+      bool own_key = own_k.first <= tile && tile < own_k.last;
+      Range audience = tiles.audience(head, round, tile);
+      if (!x.wrap) audience.last = std::min(audience.last, q_tiles);
+      if (!own_key) audience = {std::max(audience.first, own_q.first), std::min(audience.last, own_q.last)};
+      if (audience.first >= audience.last || !load_keys(w, head, round, tile)) continue;
+      const Origin<T>& k = w.k_origin;
+      for (int64_t t = audience.first; t < audience.last; ++t) {
+        bool own_query = own_q.first <= t && t < own_q.last;
+        QueryTile<T>& q = own_query ? w.own[t - own_q.first] : w.guest;
+        if (!own_query || !q.loaded) load_queries(q, head, round, t);
+        if (q.origin.any) meet(w, round, q, dropout, own_query, own_key);
+      }
+      if (!own_key) continue;
+      for (int64_t j = 0; j < k.rows; ++j)
+        if (k.valid[j]) add_key(w, head, j, sums);
+    }
+    for (int64_t t = own_q.first; t < own_q.last; ++t) {
+      QueryTile<T>& q = w.own[t - own_q.first];
+      if (!q.loaded) continue;
+      for (int64_t i = 0; i < q.origin.rows; ++i) {
+        T *to = sums.dq + q.origin.position[i] * tiles.D, *from = q.dq.row(i);
+        if (q.origin.valid[i])
+          for (int64_t d = 0; d < tiles.D; ++d) to[d] += from[d];
+      }
+    }
+  }
+  bool load_keys(Worker& w, const Head& head, int64_t round, int64_t tile) const {
+    Tiling keys = tiles.key_tiling(head);
+    Place place = tiles.place(round, tile, keys);
+    Origin<T>& k = w.k_origin;
+    locate(tiles, true, head.b, head.kv, head.keys, keys, place, true, round + 1, k);
+    if (!k.any) return false;
+    gather(tiles.shared ? x.q : x.k, head.b, head.kv, k, tiles.D, w.k, true);
+    gather(x.v, head.b, head.kv, k, tiles.E, w.v, true);
+    clear_rows(w.k, k.rows, padded<T>(k.rows), tiles.D), clear_rows(w.v, k.rows, padded<T>(k.rows), tiles.E);
+    transpose(w.k.p, w.k.ld, k.rows, tiles.D, w.k_transposed.p, w.k_transposed.ld);
+    transpose(w.v.p, w.v.ld, k.rows, tiles.E, w.v_transposed.p, w.v_transposed.ld);
+    for (int64_t j = 0; j < k.rows; ++j) {
+      std::fill(w.dk.row(j), w.dk.row(j) + padded<T>(tiles.D), T(0));
+      std::fill(w.dv.row(j), w.dv.row(j) + padded<T>(tiles.E), T(0));
+    }
+    for (int64_t j = 0; j < tile_tokens; ++j) w.factor[j] = k.valid[j] ? factor_of(head, k.position[j]) : T(0);
+    return true;
+  }
+
+  void meet(Worker& w, int64_t round, QueryTile<T>& q, const Dropout<T>& dropout, bool own_query, bool own_key) {
+    constexpr int W = width<T>;
+    const Origin<T>& k = w.k_origin;
+    int64_t rows = q.origin.rows, n = k.rows;
+    Rules<T> rules = rules_of(tiles, round, q.origin, k);
+    multiply<T, T>(rows, tiles.D, q.q, w.k_transposed, n, w.p, false);
+    multiply<T, T>(rows, tiles.E, q.g, w.v_transposed, n, w.ds, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      T *p = w.p.row(i), *ds = w.ds.row(i), *kept = w.kept.row(i), lse = q.lse[i], delta = q.delta[i];
+      uint32_t row = dropout.on ? dropout.row(q.origin.position[i]) : 0;
+      // a row that sees nothing gives nothing
+      if (lse == nothing<T>) lse = std::numeric_limits<T>::max();
+      for (int64_t j = 0; j < n; j += W) {
+        V<T> factor = load(w.factor + j), s = load(p + j) * factor;
+        if (rules.masked) s = rules.allowed(q.origin, i, k, j) ? s : broadcast(nothing<T>);
+        V<T> weight = exp_share(s - lse), dp = load(ds + j);
+        weight = s == nothing<T> ? V<T>{} : weight;
+        V<T> sum = weight;
+        if (dropout.on) {
+          V<T> stays = dropout.factor(row, load(k.position + j));
+          dp *= stays, sum *= stays;
+        }
+        store(kept + j, sum);
+        // 0 times what is not finite
+        store(ds + j, weight != T(0) ? weight * (dp - delta) * factor : V<T>{});
+      }
+    }
+    if (own_key) {
+      multiply_transposed<T, T>(n, rows, w.kept, q.g, tiles.E, w.dv);
+      multiply_transposed<T, T>(n, rows, w.ds, q.q, tiles.D, w.dk);
+      if (q.origin.any_bad)
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < n; ++j)
+            if (q.origin.bad[i] && w.kept.row(i)[j] != 0)
+              std::fill(w.dv.row(j), w.dv.row(j) + padded<T>(tiles.E), std::numeric_limits<T>::quiet_NaN());
+    }
+    if (own_query) multiply<T, T>(rows, n, w.ds, w.k, tiles.D, q.dq, true);
+  }
+
+  // what a round adds to the gradients of a key and its value
+  void add_key(Worker& w, const Head& head, int64_t j, const Sums& sums) const {
+    int64_t at = w.k_origin.position[j];
+    T *dk = w.dk.row(j), *k = w.k.row(j), *to = sums.dk + at * tiles.D;
+    if (x.key_scale) {
+      // the length of a unit key does not change
+      T scale = x.key_scale.as<T>()[head.b * x.key_scale.stride[0] + head.kv * x.key_scale.stride[1] + at * x.key_scale.stride[2]];
+      T along = dot(dk, k, tiles.D) * scale * scale;
+      for (int64_t d = 0; d < tiles.D; ++d) to[d] += dk[d] - along * k[d];
+    } else {
+      for (int64_t d = 0; d < tiles.D; ++d) to[d] += dk[d];
+    }
+    T *dv = w.dv.row(j), *value = sums.dv + at * tiles.E;
+    for (int64_t e = 0; e < tiles.E; ++e) value[e] += dv[e];
+  }
+
+  void convert_rows(const Head& head, int64_t group, int64_t part, int64_t parts, const Sums& sums) const {
+    Range queries = share_of_rows(head.queries.length, part, parts), keys = share_of_rows(head.keys.length, part, parts);
+    rows_out(sums.dq, y.dq, head.b, head.h, head.queries.start, queries, tiles.D);
+    if (group) return;
+    if (!tiles.shared) rows_out(sums.dk, y.dk, head.b, head.kv, head.keys.start, keys, tiles.D);
+    rows_out(sums.dv, y.dv, head.b, head.kv, head.keys.start, keys, tiles.E);
+  }
+  void rows_out(const T* from, const View& to, int64_t b, int64_t h, int64_t start, Range rows, int64_t n) const {
+    with_type(to.dtype, [&](auto type) {
+      using To = decltype(type);
+      if constexpr ((sizeof(T) == 8) == (sizeof(To) == 8))
+        for (int64_t i = start + rows.first; i < start + rows.last; ++i)
+          store_row(from + i * n, to.as<To>() + b * to.stride[0] + h * to.stride[1] + i * to.stride[2], n);
+    });
+  }
+};
+
+}  // namespace longattn::LONGATTN_ISA

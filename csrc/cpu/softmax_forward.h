@@ -1,0 +1,321 @@
+// Forward: query tile after query tile, keys in groups of two tiles, a running maximum and sum for each row. A position
+// occurs once in a round, so rounds follow each other and add to the same rows.
+#pragma once
+#include <vector>
+
+#include "softmax_tiles.h"
+
+namespace longattn::LONGATTN_ISA {
+
+// A: what products read, T or pairs of bfloat16
+template <class T, class A>
+struct KeyTile {
+  int64_t* tag;
+  Origin<T> origin;
+  T* factor;           // scale times the key's own
+  Matrix<T> rows;      // [tile_tokens][D], on its way to k
+  Matrix<A> k, v;      // [D][tile_tokens], [tile_tokens][E]
+};
+
+template <class T, class A>
+struct ForwardScratch {
+  static constexpr int64_t group = 2;
+  KeyTile<T, A>* tiles;
+  int64_t slots;
+  Origin<T> q_origin;
+  Matrix<T> q, scores, out, row, transposed;
+  Matrix<A> q_factor, p_factor;
+  T *top, *total, *share, *new_top;
+  int64_t bytes;
+
+  ForwardScratch(char* memory, const Tiles& x, int64_t slots) : slots(slots) {
+    Arena<T> arena{memory};
+    int64_t D = padded<T>(x.D), E = padded<T>(x.E), pairs = has_pairs ? padded<T>(round_up(x.D, 2 * width<T>) / 2) : 0;
+    tiles = reinterpret_cast<KeyTile<T, A>*>(arena.template take<char>(1, slots * int64_t(sizeof(KeyTile<T, A>))).p);
+    q_origin.take(arena, x.R);
+    q = arena.take(tile_tokens, D), row = arena.take(2, std::max(D, E));
+    scores = arena.take(tile_tokens, group * tile_tokens), out = arena.take(tile_tokens, E);
+    for (T** p : {&top, &total, &share, &new_top}) *p = arena.take(1, tile_tokens).p;
+    if constexpr (per<A> == 2) {
+      q_factor = arena.template take<A>(tile_tokens, pairs), p_factor = arena.template take<A>(tile_tokens, group * tile_tokens / 2);
+      transposed = arena.take(tile_tokens, std::max(E, pairs));
+    }
+    KeyTile<T, A> unwritten;
+    for (int64_t i = 0; i < slots; ++i) {
+      KeyTile<T, A>& k = memory ? tiles[i] : unwritten;
+      k.tag = arena.template take<int64_t>(1, 1).p;
+      k.origin.take(arena, x.R), k.factor = arena.take(1, tile_tokens).p;
+      k.rows = arena.take(tile_tokens, D);
+      k.k = arena.template take<A>(per<A> == 2 ? pairs : D, tile_tokens);
+      k.v = arena.template take<A>(tile_tokens / per<A>, E);
+      if (memory) *k.tag = -1;
+    }
+    bytes = arena.bytes;
+  }
+};
+
+template <class T, class A>
+struct TileForward {
+  static constexpr int64_t segment = 16;        // query tiles of a task
+  static constexpr int64_t most_slots = 256;    // key tiles a worker keeps
+  const SoftmaxProblem& x;
+  const SoftmaxForward& y;
+  Tiles tiles;
+  using Worker = ForwardScratch<T, A>;
+
+  TileForward(const SoftmaxProblem& x, const SoftmaxForward& y) : x(x), y(y), tiles(x) {}
+
+  int64_t segments() const { return (Tiling(tiles.L, x.chunk).tiles() + segment - 1) / segment; }
+  bool windowed() const { return slots_of_window() < most_slots; }
+  int64_t slots_of_window() const {
+    Tiling keys(tiles.S, x.chunk);
+    int64_t chunks = std::min(x.look_back, keys.chunks) + std::min(x.look_ahead, keys.chunks) + 1;
+    return (chunks + 1) * keys.per_chunk;
+  }
+  int64_t slots() const { return std::clamp<int64_t>(std::min(slots_of_window(), Tiling(tiles.S, x.chunk).tiles()), 2, most_slots); }
+  // heads whose rounds go on side by side, and whose sums wait in memory meanwhile
+  int64_t wave() const {
+    if (tiles.R == 1) return std::max<int64_t>(tiles.units(), 1);
+    return std::clamp<int64_t>((4 * x.threads + segments()) / std::max<int64_t>(segments(), 1), 1, std::max<int64_t>(tiles.units(), 1));
+  }
+  bool needs_sums() const { return tiles.R > 1 && x.q.dtype != (sizeof(T) == 8 ? DType::f64 : DType::f32); }
+  int64_t sums_bytes() const { return needs_sums() ? wave() * tiles.L * tiles.E * int64_t(sizeof(T)) : 0; }
+  int64_t workspace() const { return x.threads * Worker(nullptr, tiles, slots()).bytes + sums_bytes() + 64; }
+
+  void run() {
+    DType acc = sizeof(T) == 8 ? DType::f64 : DType::f32;
+    expect_shape(y.out, "out", {tiles.B, tiles.Hq, tiles.L, tiles.E}), expect_dtype(y.out, "out", x.q.dtype);
+    for (const View* v : {&y.lse, &y.top})
+      expect_shape(*v, "lse", {tiles.B, tiles.Hq, tiles.L}), expect_dtype(*v, "lse", acc);
+    expect(x.threads >= 1 && x.workspace.elements() >= workspace(), "the workspace is too small");
+    char* memory = x.workspace.data + (64 - reinterpret_cast<uintptr_t>(x.workspace.data) % 64) % 64;
+    T* sums = reinterpret_cast<T*>(memory);
+    memory += round_up(sums_bytes(), 64);
+    std::vector<Worker> workers;
+    int64_t bytes = Worker(nullptr, tiles, slots()).bytes;
+    for (int i = 0; i < x.threads; ++i) workers.emplace_back(memory + i * bytes, tiles, slots());
+    int64_t all = tiles.units(), n = segments(), wave = this->wave();
+    for (int64_t first = 0; first < all; first += wave)
+      for (int64_t round = 0; round < tiles.R; ++round)
+        parallel_tasks(std::min(wave, all - first) * n, x.threads, [&](int64_t task, int me) {
+          Head head = tiles.head(first + task / n);
+          int64_t begin = task % n * segment, end = std::min(begin + segment, tiles.query_tiling(head).tiles());
+          T* out = needs_sums() ? sums + task / n * tiles.L * tiles.E : nullptr;
+          for (int64_t tile = begin; tile < end; ++tile) query_tile(workers[me], head, round, tile, out);
+        });
+  }
+
+  T& of(const View& v, const Head& head, int64_t i) const {
+    return v.as<T>()[head.b * v.stride[0] + head.h * v.stride[1] + i * v.stride[2]];
+  }
+  // where a row waits between rounds: its place in the result, or in `sums`
+  T* waiting(T* sums, const Head& head, int64_t i) const {
+    if (sums) return sums + i * tiles.E;
+    return y.out.as<T>() + head.b * y.out.stride[0] + head.h * y.out.stride[1] + i * y.out.stride[2];
+  }
+
+  // a window slides over all slots; a long row of keys keeps its first ones, and two take turns for the others
+  int64_t slot(int64_t slots, int64_t tile) const {
+    if (windowed()) return (tile % slots + slots) % slots;
+    return tile < slots - 2 ? tile : slots - 2 + tile % 2;
+  }
+  const KeyTile<T, A>& key_tile(Worker& w, const Head& head, int64_t round, int64_t tile) {
+    Place place = tiles.place(round, tile, tiles.key_tiling(head));
+    int64_t tag = (((head.queries.n * tiles.H + head.kv) * tiles.R + place.round) << 32) + place.tile;
+    KeyTile<T, A>& k = w.tiles[slot(w.slots, tile)];
+    if (*k.tag == tag) return k;
+    *k.tag = tag;
+    // a round compares its ranks with those of the rounds before it
+    locate(tiles, true, head.b, head.kv, head.keys, tiles.key_tiling(head), place, true, place.round + 1, k.origin);
+    if (!k.origin.any) return k;
+    const View& from = tiles.shared ? x.q : x.k;
+    gather(from, head.b, head.kv, k.origin, tiles.D, k.rows, false);
+    k.origin.any_bad = false;
+    clear_rows(k.rows, k.origin.rows, padded<T>(k.origin.rows), tiles.D);
+    if constexpr (per<A> == 2) {
+      pair_along(k.origin.rows, tiles.D, k.rows, {reinterpret_cast<Pair*>(w.transposed.p), w.transposed.ld});
+      int64_t pairs = round_up(tiles.D, 2 * width<T>) / 2;
+      clear_rows(w.transposed, k.origin.rows, padded<T>(k.origin.rows), pairs);
+      transpose(w.transposed.p, w.transposed.ld, k.origin.rows, pairs, reinterpret_cast<T*>(k.k.p), k.k.ld);
+    } else {
+      transpose(k.rows.p, k.rows.ld, k.origin.rows, tiles.D, k.k.p, k.k.ld);
+    }
+    std::fill(k.origin.bad, k.origin.bad + tile_tokens, false);
+    Matrix<T> v = value_rows(w, k);
+    gather(x.v, head.b, head.kv, k.origin, tiles.E, v, true);
+    if constexpr (per<A> == 2) pair_across(k.origin.rows, tiles.E, v, k.v);
+    for (int64_t i = 0; i < tile_tokens; ++i) {
+      T scale = static_cast<T>(x.scale);
+      if (x.key_scale && k.origin.valid[i])
+        scale *= x.key_scale.as<T>()[head.b * x.key_scale.stride[0] + head.kv * x.key_scale.stride[1] +
+                                     k.origin.position[i] * x.key_scale.stride[2]];
+      k.factor[i] = scale;
+    }
+    return k;
+  }
+  Matrix<T> value_rows(Worker& w, KeyTile<T, A>& k) const {
+    if constexpr (per<A> == 2) return w.transposed;
+    else return k.v;
+  }
+
+  void query_tile(Worker& w, const Head& head, int64_t round, int64_t tile, T* sums) {
+    Tiling queries = tiles.query_tiling(head);
+    Origin<T>& q = w.q_origin;
+    locate(tiles, false, head.b, head.h, head.queries, queries, {round, tile}, tiles.shared, round + 1, q);
+    gather(x.q, head.b, head.h, q, tiles.D, w.q, false);
+    if constexpr (per<A> == 2) pair_along(q.rows, tiles.D, w.q, w.q_factor);
+    for (int64_t i = 0; i < q.rows; ++i) {
+      w.top[i] = round ? of(y.top, head, q.position[i]) : nothing<T>;
+      w.total[i] = round ? of(y.lse, head, q.position[i]) : T(0);
+      if (round) load_row(waiting(sums, head, q.position[i]), 1, tiles.E, w.out.row(i));
+      else std::fill(w.out.row(i), w.out.row(i) + padded<T>(tiles.E), T(0));
+    }
+    Dropout<T> dropout(x, head.b * tiles.Hq + head.h);
+    Range window = tiles.window(head, round, tile);
+    if (q.any || !tiles.shared)
+      for (int64_t first = window.first; first < window.last; first += Worker::group) {
+        const KeyTile<T, A>* group[Worker::group];
+        int64_t count = 0;
+        for (int64_t g = first; g < std::min(first + Worker::group, window.last); ++g) {
+          const KeyTile<T, A>& k = key_tile(w, head, round, g);
+          if (k.origin.any) group[count++] = &k;
+        }
+        if (count) meet(w, round, group, count, dropout);
+      }
+    if (round + 1 < tiles.R) {
+      for (int64_t i = 0; i < q.rows; ++i) {
+        of(y.top, head, q.position[i]) = w.top[i], of(y.lse, head, q.position[i]) = w.total[i];
+        store_row(w.out.row(i), waiting(sums, head, q.position[i]), tiles.E);
+      }
+    } else {
+      for (int64_t i = 0; i < q.rows; ++i) finish(w, head, i, dropout);
+    }
+  }
+
+  void meet(Worker& w, int64_t round, const KeyTile<T, A>* const* group, int64_t count, const Dropout<T>& dropout) {
+    constexpr int W = width<T>;
+    Origin<T>& q = w.q_origin;
+    Rules<T> rules[Worker::group];
+    int64_t vectors[Worker::group];
+    for (int64_t g = 0; g < count; ++g) {
+      const KeyTile<T, A>& k = *group[g];
+      Matrix<T> s{w.scores.p + g * tile_tokens, w.scores.ld};
+      if constexpr (per<A> == 2) multiply<T, A>(q.rows, round_up(tiles.D, 2 * W) / 2, w.q_factor, k.k, k.origin.rows, s, false);
+      else multiply<T, A>(q.rows, tiles.D, w.q, k.k, k.origin.rows, s, false);
+      rules[g] = rules_of(tiles, round, q, k.origin), vectors[g] = padded<T>(k.origin.rows) / W;
+    }
+    for (int64_t i = 0; i < q.rows; ++i) {
+      V<T> top = broadcast(nothing<T>);
+      for (int64_t g = 0; g < count; ++g) {
+        T* s = w.scores.row(i) + g * tile_tokens;
+        const KeyTile<T, A>& k = *group[g];
+        if (rules[g].masked) {
+          for (int64_t j = 0; j < vectors[g]; ++j) {
+            V<T> value = load(s + j * W) * load(k.factor + j * W);
+            value = rules[g].allowed(q, i, k.origin, j * W) ? value : broadcast(nothing<T>);
+            store(s + j * W, value);
+            top = value > top ? value : top;
+          }
+        } else {
+          for (int64_t j = 0; j < vectors[g]; ++j) {
+            V<T> value = load(s + j * W) * load(k.factor + j * W);
+            store(s + j * W, value);
+            top = value > top ? value : top;
+          }
+        }
+      }
+      w.new_top[i] = std::max(w.top[i], largest<T>(top));
+    }
+    for (int64_t i = 0; i < q.rows; i += W) {
+      // a row that has seen nothing keeps its sum of 0
+      V<T> old = load(w.top + i), now = load(w.new_top + i);
+      V<T> share = exp_share(old - now);
+      store(w.share + i, old == now ? broadcast(T(1)) : old == nothing<T> ? V<T>{} : share);
+    }
+    for (int64_t i = 0; i < q.rows; ++i) {
+      T top = w.new_top[i];
+      if (top == nothing<T>) top = 0;
+      uint32_t row = dropout.on ? dropout.row(q.position[i]) : 0;
+      V<T> total{};
+      for (int64_t g = 0; g < count; ++g) {
+        T* s = w.scores.row(i) + g * tile_tokens;
+        for (int64_t j = 0; j < vectors[g]; ++j) {
+          V<T> value = load(s + j * W);
+          V<T> p = exp_share(value - top);
+          p = value == nothing<T> ? V<T>{} : p;
+          total += p;
+          if (dropout.on) p *= dropout.factor(row, load(group[g]->origin.position + j * W));
+          store(s + j * W, p);
+        }
+      }
+      w.total[i] = w.total[i] * w.share[i] + sum<T>(total), w.top[i] = w.new_top[i];
+      if (w.share[i] != T(1)) {
+        T* out = w.out.row(i);
+        for (int64_t e = 0; e < tiles.E; e += W) store(out + e, load(out + e) * w.share[i]);
+      }
+    }
+    for (int64_t g = 0; g < count; ++g) {
+      const KeyTile<T, A>& k = *group[g];
+      Matrix<T> p{w.scores.p + g * tile_tokens, w.scores.ld};
+      if constexpr (per<A> == 2) {
+        pair_along(q.rows, padded<T>(k.origin.rows), p, w.p_factor);
+        multiply<T, A>(q.rows, (k.origin.rows + 1) / 2, w.p_factor, k.v, tiles.E, w.out, true);
+      } else {
+        multiply<T, A>(q.rows, k.origin.rows, p, k.v, tiles.E, w.out, true);
+      }
+      if (k.origin.any_bad) spoil(w, p, k.origin);
+    }
+  }
+
+  // values that are not finite stood out of the product: they reach the rows that give them a weight
+  void spoil(Worker& w, Matrix<T> p, const Origin<T>& k) const {
+    for (int64_t i = 0; i < w.q_origin.rows; ++i)
+      for (int64_t j = 0; j < k.rows; ++j)
+        if (k.bad[j] && p.row(i)[j] != 0)
+          std::fill(w.out.row(i), w.out.row(i) + padded<T>(tiles.E), std::numeric_limits<T>::quiet_NaN());
+  }
+
+  // a row after its last round: its own key, the quotient, the logarithm
+  void finish(Worker& w, const Head& head, int64_t i, const Dropout<T>& dropout) const {
+    int64_t at = w.q_origin.position[i];
+    T *out = w.out.row(i), top = w.top[i], total = w.total[i];
+    // the backward knows a row that fell back on its own key by an lse of nothing
+    bool fell_back = x.self == SelfRule::fallback && total == 0, own = x.self == SelfRule::always || fell_back;
+    if (own && !(x.mask && x.mask.as<bool>()[head.b * x.mask.stride[0] + at * x.mask.stride[1]])) {
+      T *key = w.row.row(0), *value = w.row.row(1), factor = static_cast<T>(x.scale);
+      row_of(tiles.shared ? x.q : x.k, head.b, head.kv, at, tiles.D, key);
+      row_of(x.v, head.b, head.kv, at, tiles.E, value);
+      if (x.key_scale)
+        factor *= x.key_scale.as<T>()[head.b * x.key_scale.stride[0] + head.kv * x.key_scale.stride[1] + at * x.key_scale.stride[2]];
+      T score = dot(w.q.row(i), key, tiles.D) * factor, now = std::max(top, score);
+      // a NaN stays one
+      if (score != score) now = score;
+      T old_share = share_of(top, now), share = std::exp(score - now), kept = share * dropout.factor(at, at);
+      for (int64_t e = 0; e < tiles.E; e += width<T>) {
+        V<T> sum = load(out + e) * old_share;
+        store(out + e, kept == 0 ? sum : fma(broadcast(kept), load(value + e), sum));
+      }
+      total = total * old_share + share, top = now;
+    }
+    T inverse = total == 0 ? T(0) : 1 / total;
+    for (int64_t e = 0; e < tiles.E; e += width<T>) store(out + e, load(out + e) * inverse);
+    bool hidden = tiles.shared && !w.q_origin.valid[i];
+    if (hidden) std::fill(out, out + padded<T>(tiles.E), T(0));
+    of(y.lse, head, at) = hidden || fell_back || total == 0 ? nothing<T> : top + std::log(total);
+    with_type(y.out.dtype, [&](auto type) {
+      using To = decltype(type);
+      if constexpr ((sizeof(T) == 8) == (sizeof(To) == 8))
+        store_row(out, y.out.as<To>() + head.b * y.out.stride[0] + head.h * y.out.stride[1] + at * y.out.stride[2], tiles.E);
+    });
+  }
+
+  static void row_of(const View& from, int64_t b, int64_t h, int64_t at, int64_t n, T* to) {
+    with_type(from.dtype, [&](auto type) {
+      using From = decltype(type);
+      if constexpr ((sizeof(T) == 8) == (sizeof(From) == 8))
+        load_row(from.as<From>() + b * from.stride[0] + h * from.stride[1] + at * from.stride[2], from.stride[3], n, to);
+    });
+  }
+};
+
+}  // namespace longattn::LONGATTN_ISA
