@@ -6,11 +6,13 @@ Importing this package loads no Triton, touches no GPU, compiles nothing and wri
 from . import features, nn
 from ._version import __version__
 from .favor import Favor
+from .lsh import lsh_buckets, lsh_recall
 from .nn.convert import convert
 from .nn.mechanisms import Linear
 from .nn.report import FidelityReport, fidelity_report
 from .ops._dispatch import explain
 from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
+from .ops.lsh import lsh_attention
 from .ops.softmax import softmax_attention
 from .state import FavorState, LinearState
 
@@ -28,6 +30,9 @@ __all__ = [
     "fidelity_report",
     "linear_attention",
     "linear_attention_with_state",
+    "lsh_attention",
+    "lsh_buckets",
+    "lsh_recall",
     "nn",
     "softmax_attention",
 ]

@@ -70,18 +70,19 @@ def refuses(impl: str, x: Tensor) -> str | None:
 
 
 class Explanation(NamedTuple):
-    """op, the engine that runs, and for each engine why it cannot (None: it can)."""
+    """op, the engine that runs, for each engine why it cannot (None: it can), and what else runs beside it."""
 
     op: str
     chosen: str
     reasons: dict[str, str | None]
+    beside: str = ""
 
     def __str__(self) -> str:
         lines = [self.op]
         for impl, reason in self.reasons.items():
             verdict = "yes" if reason is None else f"no    {reason}"
             lines.append(f"  {impl:<10} {verdict}{'   <- chosen' if impl == self.chosen else ''}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"  {self.beside}"] if self.beside else lines)
 
 
 def choose(op: str, impl: str, reasons: dict[str, str | None]) -> str:

@@ -1,0 +1,394 @@
+"""LSH attention: contract, plan, engines. The mathematics is in reference/lsh.py."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import lsh as reference
+from . import _check, _dispatch, _lsh, _tiles
+from ._prefix import accumulator
+
+WITHIN = ("window", "bucket")
+
+
+class Rounds(NamedTuple):
+    """How a call hashes and which chunks it sees."""
+
+    n_hashes: int
+    factors: list[int]
+    chunk: int
+    look_back: int
+    look_ahead: int
+    same_bucket: bool
+    dedupe: bool
+    is_causal: bool
+    wrap: bool
+
+    @property
+    def n_buckets(self) -> int:
+        return math.prod(self.factors)
+
+    def counted(self) -> dict:
+        """What the reference counts pairs by."""
+        names = ("n_buckets", "chunk", "look_back", "look_ahead", "same_bucket", "dedupe", "is_causal", "wrap")
+        return {name: getattr(self, name) for name in names}
+
+
+class Call(NamedTuple):
+    """One validated call, and where it would run."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    rounds: Rounds
+    rotations: Tensor | None
+    buckets: tuple[Tensor, Tensor | None] | None
+    scale: float
+    dropout_p: float
+    seed: int
+    norm_eps: float
+    explanation: _dispatch.Explanation
+
+
+# the public door
+
+
+def _whole(op: str, name: str, x, least: int, unit: str = "") -> None:
+    if not isinstance(x, int) or isinstance(x, bool) or x < least:
+        _check.fail(op, f"{name} must be a whole number of at least {least}{unit}, got {_check.describe(x)}")
+
+
+def _check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed) -> None:
+    _whole(op, "n_hashes", n_hashes, 1)
+    _whole(op, "chunk_size", chunk_size, 1, " token")
+    _whole(op, "look_back", look_back, 0, " chunks")
+    if look_ahead is not None:
+        _whole(op, "look_ahead", look_ahead, 0, " chunks")
+    if n_buckets is not None and (not isinstance(n_buckets, int) or n_buckets < 2 or n_buckets % 2):
+        why = "the hash compares projections and their negatives"
+        _check.fail(op, f"n_buckets must be even and positive ({why}), got {_check.describe(n_buckets)}")
+    if within not in WITHIN:
+        _check.fail(op, f"within must be one of {', '.join(map(repr, WITHIN))}, got {within!r}")
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        _check.fail(op, f"scale must be a finite number or None, got {_check.describe(scale)}")
+    if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1):
+        _check.fail(op, f"dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        _check.fail(op, f"seed must be an integer, got {_check.describe(seed)}", TypeError)
+
+
+def _check_inputs(op: str, q, k, v, mask, cu_seqlens, enable_gqa: bool, is_causal: bool) -> None:
+    if k is not None:
+        _check.attention_inputs(op, q, k, v, enable_gqa)
+    else:
+        both = isinstance(q, Tensor) and isinstance(v, Tensor) and q.dim() == v.dim() == 4
+        if both and (q.shape[1:3] != v.shape[1:3]):
+            came = f"got {list(q.shape)} and {list(v.shape)}"
+            remedy = "queries that look elsewhere need keys of their own"
+            _check.fail(op, f"k=None (shared QK) needs query and value to share heads and length, {came}; {remedy}")
+        _check.attention_inputs(op, q, q, v, False)
+    _check.padding_mask(op, mask, v)
+    _check.packed_sequences(op, cu_seqlens, q, v)
+    if is_causal and q.shape[2] != v.shape[2]:
+        _check.fail(op, f"is_causal needs as many queries as keys, got {q.shape[2]} and {v.shape[2]}")
+
+
+def _check_rotations(op: str, rotations, heads: int, n_hashes: int, dim: int, columns: int, x: Tensor) -> None:
+    shape, typed = (heads, n_hashes, dim, columns), isinstance(rotations, Tensor) and rotations.dtype == torch.float32
+    if not typed or rotations.shape != shape or rotations.device != x.device:
+        meaning = "[key heads, n_hashes, head_dim (with separate keys one more), half the sum of the bucket factors]"
+        expected = f"float32 {list(shape)} on {x.device} ({meaning})"
+        error = ValueError if typed else TypeError
+        _check.fail(op, f"rotations must be {expected}, got {_check.describe(rotations)}", error)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether looking at a value waits for nothing."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
+
+
+def _check_buckets(op: str, name: str, x, shape: tuple[int, ...], n_buckets: int, like: Tensor) -> Tensor:
+    typed = isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
+    if not typed or x.shape != shape or x.device != like.device:
+        expected = f"int32 [batch, heads, n_hashes, length] = {list(shape)} on {like.device}"
+        _check.fail(op, f"{name} must be {expected}, got {_check.describe(x)}", ValueError if typed else TypeError)
+    inside = ((x >= 0) & (x < n_buckets)).all()
+    sentence = f"{name} must be from 0 to n_buckets - 1 = {n_buckets - 1}"
+    if not _readable(x):
+        torch._assert_async(inside, f"{op}: {sentence}")
+    elif not inside:
+        _check.fail(op, f"{sentence}, got {x.min()} to {x.max()}; pass the n_buckets they were made with")
+    return x.int()
+
+
+def _given_buckets(op: str, buckets, q, k, rounds: Rounds) -> tuple[Tensor, Tensor | None]:
+    shape_q = (*q.shape[:2], rounds.n_hashes, q.shape[2])
+    if k is None:
+        return _check_buckets(op, "buckets", buckets, shape_q, rounds.n_buckets, q), None
+    if not isinstance(buckets, (tuple, list)) or len(buckets) != 2:
+        came = _check.describe(buckets)
+        _check.fail(op, f"buckets must be a pair, of queries and of keys, where keys are given, got {came}", TypeError)
+    shape_k = (*k.shape[:2], rounds.n_hashes, k.shape[2])
+    pair = zip(("buckets[0]", "buckets[1]"), buckets, (shape_q, shape_k), strict=True)
+    return tuple(_check_buckets(op, name, x, shape, rounds.n_buckets, q) for name, x, shape in pair)
+
+
+def prepare(
+    op: str,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    *,
+    n_hashes: int = 4,
+    chunk_size: int = 64,
+    n_buckets: int | None = None,
+    look_back: int = 1,
+    look_ahead: int | None = None,
+    within: str = "window",
+    dedupe: bool = True,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    rotations: Tensor | None = None,
+    buckets: Tensor | tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    enable_gqa: bool = False,
+    attn_mask: None = None,
+    impl: str = "auto",
+    factors: list[int] | None = None,
+    wrap: bool = False,
+    norm_eps: float = 0.0,
+) -> Call:
+    """The arguments of `lsh_attention`, and what modules need for foreign checkpoints.
+
+    factors: of n_buckets. wrap: chunks look over the edge of a round into the rounds before and after. norm_eps: of the
+    length of shared keys, sqrt(|x|^2 + norm_eps).
+    """
+    if attn_mask is not None:
+        remedy = "pass is_causal, key_padding_mask or cu_seqlens; other masks take longattn.softmax_attention"
+        _check.fail(op, f"a dense attn_mask would cost what hashing saves; {remedy}")
+    _check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed)
+    _check_inputs(op, q, k, v, key_padding_mask, cu_seqlens, enable_gqa, is_causal)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), None if k is None else k.to(dtype), v.to(dtype)
+    if factors is None:
+        factors = _lsh.factorise(n_buckets or _lsh.default_buckets(v.shape[2], chunk_size))
+    look_ahead = int(not is_causal) if look_ahead is None else look_ahead
+    rounds = Rounds(
+        n_hashes, factors, chunk_size, look_back, look_ahead, within == "bucket", dedupe, bool(is_causal), wrap
+    )
+    if rotations is not None and buckets is not None:
+        _check.fail(op, "rotations and buckets exclude each other: buckets are what rotations give")
+    if rotations is not None:
+        dim = q.shape[3] + (k is not None)
+        _check_rotations(op, rotations, v.shape[1], n_hashes, dim, sum(factors) // 2, q)
+    if buckets is not None:
+        buckets = _given_buckets(op, buckets, q, k, rounds)
+    if scale is None:
+        scale = 1.0 if k is None else q.shape[3] ** -0.5
+    explanation = _explain(op, impl, q, k, v)
+    return Call(
+        q, k, v, key_padding_mask, cu_seqlens, rounds, rotations, buckets, float(scale), float(dropout_p), seed,
+        norm_eps, explanation,
+    )  # fmt: skip
+
+
+def _refuses(impl: str, q: Tensor, k: Tensor | None, v: Tensor) -> str | None:
+    reason = _dispatch.refuses(impl, q)
+    if reason is not None or impl in ("cpu", "reference"):
+        return reason
+    if impl == "cuda":
+        return "LSH attention runs in Triton; CUDA C++ only sorts for it"
+    return _tiles.engine(impl).refuses(q, k, v)
+
+
+def _explain(op: str, impl: str, q: Tensor, k: Tensor | None, v: Tensor) -> _dispatch.Explanation:
+    reasons = {name: _refuses(name, q, k, v) for name in _dispatch.IMPLS}
+    chosen = _dispatch.choose(op, impl, reasons)
+    return _dispatch.Explanation(op, chosen, reasons, _lsh.sorted_by(chosen, q.device.type))
+
+
+# hashing and sorting
+
+
+def _rotations(call: Call, extra: int) -> Tensor:
+    if call.rotations is not None:
+        return call.rotations
+    rounds, seed = call.rounds, (call.seed + 2**63) % 2**64 - 2**63
+    sizes = (call.v.shape[1], rounds.n_hashes, call.q.shape[3] + extra, sum(rounds.factors) // 2)
+    return torch.ops.longattn._lsh_rotations(call.q, *sizes, seed)
+
+
+def _hash(call: Call, x: Tensor, extra: Tensor | None, rotations: Tensor) -> Tensor:
+    impl = call.explanation.chosen
+    if impl == "reference":
+        return reference.hash_buckets(x, extra, rotations, call.rounds.factors)
+    return torch.ops.longattn._lsh_hash(x, extra, rotations, call.rounds.factors, impl)
+
+
+@torch.no_grad()
+def hash_of(call: Call) -> tuple[Tensor, Tensor | None]:
+    """-> of queries [B, Hq, R, L], of keys [B, H, R, S] (None where they are shared)"""
+    if call.buckets is not None:
+        return call.buckets
+    q, k = (None if x is None else x.detach() for x in (call.q, call.k))
+    if k is None:
+        return _hash(call, q, None, _rotations(call, 0)), None
+    rotations = _rotations(call, 1)
+    extra = _lsh.last_coordinate(torch.ops.longattn._lsh_lengths(k), call.mask, call.cu_seqlens)
+    return _hash(call, q, None, rotations), _hash(call, k, extra, rotations)
+
+
+class Orders(NamedTuple):
+    """Of one call, as the tiles take them; by round and place (orders) or by round and position (the others)."""
+
+    order_q: Tensor
+    # None where the keys have the order of the queries
+    order_k: Tensor | None
+    rank_q: Tensor
+    rank_k: Tensor
+    bucket_q: Tensor | None
+    bucket_k: Tensor | None
+
+
+@torch.no_grad()
+def orders(call: Call) -> Orders:
+    buckets_q, buckets_k = hash_of(call)
+    rounds, cu_seqlens = call.rounds, call.cu_seqlens
+    n, chunk = rounds.n_buckets, rounds.chunk
+
+    def sort(buckets: Tensor, mask: Tensor | None, are_queries: bool) -> tuple[Tensor, Tensor, Tensor]:
+        keys, n_keys = _lsh.sort_keys(buckets, mask, n, are_queries=are_queries)
+        return keys, *torch.ops.longattn._lsh_sort(keys, n_keys, cu_seqlens, chunk)
+
+    kept = (buckets_q, buckets_q if buckets_k is None else buckets_k) if rounds.same_bucket else (None, None)
+    if buckets_k is None:
+        _, order, rank = sort(buckets_q, call.mask, False)
+        return Orders(order, None, rank, rank, *kept)
+    keys_k, order_k, rank_k = sort(buckets_k, call.mask, False)
+    mask = call.mask if buckets_q.shape[-1] == buckets_k.shape[-1] else None
+    keys_q, order_q, rank_q = sort(buckets_q, mask, True)
+    centred = _lsh.align(keys_q, order_q, rank_q, keys_k, order_k, cu_seqlens, n_buckets=n, chunk=chunk)
+    return Orders(order_q, order_k, centred, rank_k, *kept)
+
+
+# running it
+
+
+def run(call: Call) -> Tensor:
+    q, k, v, mask, cu_seqlens, rounds, _, _, scale, dropout_p, seed, norm_eps, explanation = call
+    if dropout_p == 1:
+        # every weight is dropped: 0, with gradient 0
+        output = run(call._replace(dropout_p=0.0))
+        return output.masked_fill(torch.ones((), dtype=torch.bool, device=output.device), 0)
+    seed = (seed + 2**63) % 2**64 - 2**63
+    if explanation.chosen == "reference":
+        return _run_reference(call, seed)
+    self_rule = _tiles.SELF_FALLBACK if k is None else _tiles.SELF_ALWAYS if rounds.is_causal else _tiles.SELF_ORDINARY
+    options = _tiles.Options(
+        rounds.chunk, rounds.look_back, rounds.look_ahead, rounds.is_causal, self_rule, rounds.dedupe, rounds.wrap,
+        scale, dropout_p, seed, explanation.chosen,
+    )  # fmt: skip
+    key_scale = None
+    if k is None:
+        with torch.no_grad():
+            key_scale = _lsh.key_scale(torch.ops.longattn._lsh_lengths(q.detach()), norm_eps)
+    return _tiles.attend(q, k, v, mask, cu_seqlens, key_scale, orders(call), options)
+
+
+def _run_reference(call: Call, seed: int) -> Tensor:
+    q, k, v, acc = call.q, call.k, call.v, accumulator(call.q.dtype)
+    with torch.no_grad():
+        count = reference.pair_counts(*hash_of(call), call.mask, call.cu_seqlens, **call.rounds.counted())
+    # the inputs have autocast's dtype already; the sums keep theirs
+    with _dispatch.without_autocast(q.device.type):
+        q, k, v = (None if x is None else x.to(acc) for x in (q, k, v))
+        names = {"scale": call.scale, "dropout_p": call.dropout_p, "seed": seed, "norm_eps": call.norm_eps}
+        return reference.attend(q, k, v, call.mask, count, **names)[0].to(call.q.dtype)
+
+
+def lsh_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    *,
+    n_hashes: int = 4,
+    chunk_size: int = 64,
+    n_buckets: int | None = None,
+    look_back: int = 1,
+    look_ahead: int | None = None,
+    within: str = "window",
+    dedupe: bool = True,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    rotations: Tensor | None = None,
+    buckets: Tensor | tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    enable_gqa: bool = False,
+    attn_mask: None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Softmax attention over the keys whose hash is near that of the query, in time and memory O(n log n) and O(n).
+
+        o_i = sum_j softmax_j(scale q_i.k_j) v_j    over the j in S_i
+
+    Each of n_hashes rounds hashes the rows with random rotations, sorts them by bucket, cuts the order into chunks, and
+    lets a query see its own chunk and the look_back before and look_ahead after it. S_i joins the rounds; buckets are
+    constants for the gradient. Kitaev et al. 2020 (arXiv 2001.04451), eq. 2-6.
+
+    q: `[B, Hq, L, D]`, k: `[B, H, S, D]`, v: `[B, H, S, E]`; float32, bfloat16, float16, or float64 (CPU and
+        reference), one dtype for all, any strides. Sums are float32 (float64 for float64).
+    k: None is shared QK, as in the paper: the keys are the queries over their length (a zero vector stays zero), and a
+        query sees itself only where it sees no other key. With keys of their own, a causal query always sees itself; a
+        chunk of queries is centred on the chunk of keys at the same share of the same bucket, also where L != S.
+    n_hashes: rounds. More find more of the attention's mass (`longattn.lsh_recall` measures it) and cost as much more.
+    chunk_size: keys in a chunk, any length will do.
+    n_buckets: even; default the next power of two from 2 S / chunk_size on (S the whole packed length with cu_seqlens).
+        It is factored into even numbers above 128, or hashing would cost more than attending.
+    look_ahead: default 0 if is_causal, else 1.
+    within: "window" (any key in the chunks seen), or "bucket" (only those of the query's bucket).
+    dedupe: a key met in several rounds counts once (the paper's correction); False counts it once per round.
+    is_causal: query i sees keys 0..i; needs L == S.
+    key_padding_mask: bool `[B, S]`, True for a padded key: never seen whatever it holds, NaN too. With k=None a padded
+        position is no query either and gets 0.
+    scale: default 1 with k=None (unit keys and no more, as trax and Hugging Face train), else 1/sqrt(D).
+    dropout_p: of the weights, by a hash of seed, head and the two positions: the same weights on every engine, and in
+        forward and backward.
+    seed: of rotations and dropout.
+    rotations: float32 `[H, n_hashes, D, C]` (D + 1 where k is given, for a coordinate that evens the lengths of the
+        keys), C half the sum of the bucket factors; in place of those drawn from seed.
+    buckets: int `[B, H, n_hashes, L]`, or with k a pair (`[B, Hq, n_hashes, L]`, `[B, H, n_hashes, S]`), in place of
+        hashing. On a GPU a bucket out of range is an assertion of the device.
+    cu_seqlens: int32 `[P+1]`, boundaries of P sequences packed along the length, from 0 to L; then B = 1 and L = S.
+    enable_gqa: Hq may be a multiple of H; query head h reads key head h // (Hq / H).
+    attn_mask: refused; there for a sentence in place of Python's.
+    impl: "auto", "reference", "cpu" or "triton"; see `longattn.explain`, which also says what sorts.
+
+    Returns `[B, Hq, L, E]` in the inputs' dtype (autocast's under autocast). A query that sees no key gets 0.
+    Time does not depend on the contents: equal tokens, or one bucket for all, cost what random ones do.
+    Raises ValueError or TypeError in a sentence. The kernels have no second derivative.
+    """
+    return run(
+        prepare(
+            "lsh_attention", q, k, v, n_hashes=n_hashes, chunk_size=chunk_size, n_buckets=n_buckets,
+            look_back=look_back, look_ahead=look_ahead, within=within, dedupe=dedupe, is_causal=is_causal,
+            key_padding_mask=key_padding_mask, scale=scale, dropout_p=dropout_p, seed=seed, rotations=rotations,
+            buckets=buckets, cu_seqlens=cu_seqlens, enable_gqa=enable_gqa, attn_mask=attn_mask, impl=impl,
+        )
+    )  # fmt: skip
+
+
+_dispatch.plan(lsh_attention, lambda *args, **kwargs: prepare("lsh_attention", *args, **kwargs).explanation)
