@@ -72,14 +72,21 @@ def _(grad_out, q, k, v, *rest):
     return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape), q.new_empty(v.shape)
 
 
+def _both(*tensors):
+    """What queries and keys share, named twice, as the engines take it."""
+    *others, rank_q, rank_k, bucket_q, bucket_k = tensors
+    return *others, rank_q, rank_q if rank_k is None else rank_k, bucket_q, bucket_q if bucket_k is None else bucket_k
+
+
 def _forward(*arguments):
     tensors, options = arguments[:INPUTS], Options(*arguments[INPUTS:])._asdict()
-    return engine(options.pop("impl")).forward(*tensors, **options)
+    return engine(options.pop("impl")).forward(*_both(*tensors), **options)
 
 
-def _backward(*arguments):
-    tensors, options = arguments[: 3 + INPUTS], Options(*arguments[3 + INPUTS :])._asdict()
-    return engine(options.pop("impl")).backward(*tensors, **options)
+def _backward(grad_out, *arguments):
+    tensors, saved, options = arguments[:INPUTS], arguments[INPUTS : INPUTS + 2], Options(*arguments[INPUTS + 2 :])
+    options = options._asdict()
+    return engine(options.pop("impl")).backward(grad_out, *_both(*tensors), *saved, **options)
 
 
 for _device in ("cpu", "cuda"):
@@ -138,7 +145,10 @@ def attend(
     options: Options,
 ) -> Tensor:
     """One call of the engine, with autograd where a gradient is wanted. orders: order_q ... bucket_k. -> output"""
-    tensors = (q, k, v, mask, cu_seqlens, key_scale, *orders)
+    order_q, order_k, rank_q, rank_k, bucket_q, bucket_k = orders
+    # torch.compile takes no tensor twice
+    rank_k, bucket_k = None if rank_k is rank_q else rank_k, None if bucket_k is bucket_q else bucket_k
+    tensors = (q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)):
         return _SoftmaxAttention.apply(*tensors, options)[0]
     return torch.ops.longattn._softmax_forward(*tensors, *options)[0]

@@ -196,7 +196,8 @@ def prepare(
         buckets = _given_buckets(op, buckets, q, k, rounds)
     if scale is None:
         scale = 1.0 if k is None else q.shape[3] ** -0.5
-    explanation = _explain(op, impl, q, k, v)
+    reasons = {name: _refuses(name, q, k, v) for name in _dispatch.IMPLS}
+    explanation = _dispatch.Explanation(op, _dispatch.choose(op, impl, reasons), reasons)
     return Call(
         q, k, v, key_padding_mask, cu_seqlens, rounds, rotations, buckets, float(scale), float(dropout_p), seed,
         norm_eps, explanation,
@@ -210,12 +211,6 @@ def _refuses(impl: str, q: Tensor, k: Tensor | None, v: Tensor) -> str | None:
     if impl == "cuda":
         return "LSH attention runs in Triton; CUDA C++ only sorts for it"
     return _tiles.engine(impl).refuses(q, k, v)
-
-
-def _explain(op: str, impl: str, q: Tensor, k: Tensor | None, v: Tensor) -> _dispatch.Explanation:
-    reasons = {name: _refuses(name, q, k, v) for name in _dispatch.IMPLS}
-    chosen = _dispatch.choose(op, impl, reasons)
-    return _dispatch.Explanation(op, chosen, reasons, _lsh.sorted_by(chosen, q.device.type))
 
 
 # hashing and sorting
@@ -391,4 +386,9 @@ def lsh_attention(
     )  # fmt: skip
 
 
-_dispatch.plan(lsh_attention, lambda *args, **kwargs: prepare("lsh_attention", *args, **kwargs).explanation)
+def _plan(q: Tensor, *args, **kwargs) -> _dispatch.Explanation:
+    explanation = prepare("lsh_attention", q, *args, **kwargs).explanation
+    return explanation._replace(beside=_lsh.sorted_by(explanation.chosen, q.device.type))
+
+
+_dispatch.plan(lsh_attention, _plan)

@@ -99,7 +99,7 @@ def pair_counts(
     if is_causal:
         visible = visible & (columns <= rows)
     if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens[1:], columns, right=True)
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), columns, right=True)
         visible = visible & (sequence[:, None] == sequence)
     if mask is not None:
         visible = visible & ~mask[:, None, None] & (~mask[:, None, :, None] if shared else True)
