@@ -23,7 +23,7 @@ struct ForwardScratch {
   KeyTile<T, A>* tiles;
   int64_t slots;
   Origin<T> q_origin;
-  Matrix<T> q, scores, out, row, transposed;
+  Matrix<T> q, own_q, scores, out, row, transposed;
   Matrix<A> q_factor, p_factor;
   T *top, *total, *share, *new_top;
   int64_t bytes;
@@ -33,7 +33,7 @@ struct ForwardScratch {
     int64_t D = padded<T>(x.D), E = padded<T>(x.E), pairs = has_pairs ? padded<T>(round_up(x.D, 2 * width<T>) / 2) : 0;
     tiles = reinterpret_cast<KeyTile<T, A>*>(arena.template take<char>(1, slots * int64_t(sizeof(KeyTile<T, A>))).p);
     q_origin.take(arena, x.R);
-    q = arena.take(tile_tokens, D), row = arena.take(2, std::max(D, E));
+    own_q = arena.take(tile_tokens, D), row = arena.take(2, std::max(D, E));
     scores = arena.take(tile_tokens, group * tile_tokens), out = arena.take(tile_tokens, E);
     for (T** p : {&top, &total, &share, &new_top}) *p = arena.take(1, tile_tokens).p;
     if constexpr (per<A> == 2) {
@@ -162,7 +162,10 @@ struct TileForward {
     Tiling queries = tiles.query_tiling(head);
     Origin<T>& q = w.q_origin;
     locate(tiles, false, head.b, head.h, head.queries, queries, {round, tile}, tiles.shared, round + 1, q);
-    gather(x.q, head.b, head.h, q, tiles.D, w.q, false);
+    w.q = w.own_q;
+    // shared: the rows of a tile are queries and keys
+    if (tiles.shared && q.any) w.q = key_tile(w, head, round, tile).rows;
+    else gather(x.q, head.b, head.h, q, tiles.D, w.q, false);
     if constexpr (per<A> == 2) pair_along(q.rows, tiles.D, w.q, w.q_factor);
     for (int64_t i = 0; i < q.rows; ++i) {
       w.top[i] = round ? of(y.top, head, q.position[i]) : nothing<T>;
