@@ -87,7 +87,7 @@ def chunks_by_hand(bucket_q, bucket_k, padded, cu_seqlens, c):
             before = sum(bucket_k[j] < bucket_q[first] and not padded[j] for j in keys)
             aligned = before + like.index(first) * here // len(like)
             for i in by_query[place : place + c]:
-                rank_q[i] = min((aligned + c // 2) // c, max(-(-len(keys) // c) - 1, 0))
+                rank_q[i] = min((aligned + c // 2) // c, max((sum(not padded[j] for j in keys) - 1) // c, 0))
     return rank_q, rank_k, order_q, order_k
 
 

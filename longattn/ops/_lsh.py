@@ -250,35 +250,34 @@ def align(
 
     The first query of a chunk is as far into the keys of its bucket as it is into the queries of it.
     """
-    (Hq, L), (H, S), device = keys_q.shape[1::2], keys_k.shape[1::2], keys_q.device
+    (Hq, L), H, device = keys_q.shape[1::2], keys_k.shape[1], keys_q.device
     if rank_q.numel() == 0:
         return rank_q
     start, sequence = starts(cu_seqlens, L, device)
     span, packed = 2 * n_buckets, cu_seqlens is not None
     if packed:
-        size = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        opened = (size + chunk - 1) // chunk
+        opened = ((cu_seqlens[1:] - cu_seqlens[:-1]).long() + chunk - 1) // chunk
         behind = opened.cumsum(0)
         slot = torch.arange((L + chunk - 1) // chunk + start.shape[0], device=device)
         owner = torch.searchsorted(behind, slot, right=True).clamp(max=start.shape[0] - 1)
         # slots that no chunk fills are computed like the last position's and never read
         place = (start[owner] + (slot - (behind - opened)[owner]) * chunk).clamp(max=L - 1)
-        base, size, begin, apart = owner * span, size[owner], start[owner], sequence * span
+        base, begin, apart = owner * span, start[owner], sequence * span
         own_slot = (behind - opened)[sequence] + rank_q
     else:
         place = torch.arange(0, L, chunk, device=device)
-        base, size, begin, apart, own_slot = 0, S, 0, None, rank_q.long()
+        base, begin, apart, own_slot = 0, 0, None, rank_q.long()
 
     sorted_q, sorted_k = _sorted(keys_q, order_q, apart), _sorted(keys_k, order_k, apart)
     own = sorted_q[..., place].contiguous()                                                    # [B, Hq, R, chunks]
     low, high = (torch.searchsorted(sorted_q, own, right=right) for right in (False, True))
-    # the query heads of a group search one array of keys
-    wanted = (base + (own - base) % n_buckets).unflatten(1, (H, Hq // H)).transpose(2, 3).flatten(3)
-    low_k, high_k = (
-        torch.searchsorted(sorted_k, wanted.contiguous(), right=right).unflatten(3, (Hq // H, -1)).transpose(2, 3)
-        .flatten(1, 2) for right in (False, True)
-    )  # fmt: skip
+    # the query heads of a group search one array of keys: where the bucket begins, where it ends, where keys are padded
+    wanted = base + (own - base) % n_buckets
+    sought = torch.stack([wanted, wanted + 1, base + torch.full_like(own, n_buckets)], -2)     # [B, Hq, R, 3, chunks]
+    sought = sought.unflatten(1, (H, Hq // H)).movedim(2, 3).flatten(3)                        # [B, H, R, G 3 chunks]
+    found = torch.searchsorted(sorted_k, sought).unflatten(3, (Hq // H, 3, -1)).movedim(3, 2).flatten(1, 2)
+    low_k, high_k, end = found.unbind(-2)                                                      # [B, Hq, R, chunks]
     aligned = low_k - begin + (place - low) * (high_k - low_k) // (high - low)
-    centre, last = (aligned + chunk // 2) // chunk, (size + chunk - 1) // chunk - 1
-    centre = torch.minimum(centre, last) if packed else centre.clamp(max=last)
-    return centre.clamp(min=0).int().gather(-1, own_slot)
+    last = (end - begin - 1) // chunk
+    centre = torch.minimum((aligned + chunk // 2) // chunk, last).clamp(min=0)
+    return centre.int().gather(-1, own_slot)

@@ -68,7 +68,8 @@ def ranks(
     past = place // c * c - between(sorted_q, base, own)
     share = past * between(sorted_k, wanted, wanted + 1) // between(sorted_q, own, own + 1)
     aligned = between(sorted_k, base, wanted) + share
-    last = (between(sorted_k, base, base + span) - 1).div(c, rounding_mode="floor").clamp(min=0)
+    # counted in valid keys, so that padding does not move it
+    last = (between(sorted_k, base, base + n_buckets) - 1).div(c, rounding_mode="floor").clamp(min=0)
     return torch.minimum((aligned + c // 2) // c, last), place_k // c
 
 
