@@ -6,6 +6,7 @@
 
 #if defined(LONGATTN_WITH_CUDA)
 #include "cuda/linear.h"
+#include "cuda/lsh.h"
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -160,6 +161,14 @@ void linear_step(const py::dict& fields, int feature, bool normalize, double sca
   x.feature = feature, x.normalize = normalize, x.scale = scale;
   launched(cuda::linear_step(x, stream), "linear_step");
 }
+
+void lsh_sort_cuda(const py::dict& fields, int64_t n_keys, int64_t chunk, uintptr_t stream) {
+  Views get{fields};
+  cuda::LshSort x;
+  x.keys = get("keys"), x.cu_seqlens = get("cu_seqlens"), x.order = get("order"), x.rank = get("rank");
+  x.workspace = get("workspace"), x.n_keys = n_keys, x.chunk = chunk;
+  launched(cuda::lsh_sort(x, stream), "lsh_sort");
+}
 #endif
 
 // asks for huge pages behind fresh memory: its first touch is several times faster. A hint, which the system may ignore.
@@ -191,6 +200,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_built", [] { return true; });
   m.def("state_scan", state_scan);
   m.def("linear_step", linear_step);
+  m.def("lsh_sort_cuda_workspace", cuda::lsh_sort_workspace);
+  m.def("lsh_sort_cuda", lsh_sort_cuda);
 #else
   m.def("cuda_built", [] { return false; });
 #endif
