@@ -8,6 +8,7 @@ from ._version import __version__
 from .favor import Favor
 from .lsh import lsh_buckets, lsh_recall
 from .nn.convert import convert
+from .nn.lsh import LSH
 from .nn.mechanisms import Linear
 from .nn.report import FidelityReport, fidelity_report
 from .ops._dispatch import explain
@@ -17,6 +18,7 @@ from .ops.softmax import softmax_attention
 from .state import FavorState, LinearState
 
 __all__ = [
+    "LSH",
     "Favor",
     "FavorState",
     "FidelityReport",

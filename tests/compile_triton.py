@@ -13,7 +13,7 @@ os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 import torch
 import triton
-from longattn.kernels import favor, linear
+from longattn.kernels import favor, linear, lsh, softmax
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -57,6 +57,8 @@ def compile_instead(spilled: list[str]) -> None:
             raise RuntimeError(f"ptxas said nothing of spills in {self.__name__}: {log.getvalue()!r}")
         spills = int(found[2]) + int(found[3])
         name = f"{self.__name__} {options.get('KIND', '')} {options.get('DOT', '')}"
+        if "QUERIES" in options and "LAST" in options:
+            name += " queries" if options["QUERIES"] else " keys"
         print(f"{name}: {spills} bytes spilled, {kernel.metadata.shared} bytes shared", flush=True)
         if spills:
             spilled.append(name)
@@ -92,6 +94,27 @@ def favor_forward_and_backward(
     favor.backward(out, kv, k_sum, *tensors, out, z, r, *segments, log, **options)
 
 
+def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: bool, kind: str) -> None:
+    """kind: "shared" or "separate" LSH of two rounds, or "dense"."""
+    B, H, L, R, chunk = 1, 2, 300, 4, 64
+    q, k, v = (torch.zeros(B, h, L, d, dtype=dtype) for h, d in ((H if kind == "shared" else 2 * H, D), (H, D), (H, E)))
+    key_scale, tables = None, (None,) * 6
+    options = {"chunk": chunk, "look_back": 1, "look_ahead": 0 if causal else 1, "is_causal": causal, "dedupe": True,
+               "self_rule": 2, "wrap": False, "scale": 1.0, "dropout_p": 0.0, "seed": 0}
+    if kind == "dense":
+        options |= {"look_back": L, "look_ahead": 0 if causal else L, "self_rule": 0}
+    else:
+        of_q, of_k = (torch.zeros(B, x.shape[1], R, L, dtype=torch.int32) for x in (q, k))
+        tables = (of_q, of_k, of_q, of_k, None, None)
+    if kind == "shared":
+        k, key_scale, tables = None, torch.zeros(B, H, L), (of_q, None, of_q, None, None, None)
+        options["self_rule"] = 1
+        lsh.hash(q, None, torch.zeros(H, R, D, 24), (16, 32))
+    tensors = (q, k, v, None, None, key_scale, *tables)
+    out, lse = softmax.forward(*tensors, **options)
+    softmax.backward(out, *tensors, out, lse, **options)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
     knobs.nvidia.dump_ptxas_log = True
@@ -100,6 +123,9 @@ if __name__ == "__main__":
     for case in sys.argv[2:]:
         name, D, E, causal, state, *of_favor = case.split(",")
         print(f"-- {case}", flush=True)
+        if state in ("shared", "separate", "dense"):
+            softmax_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", state)
+            continue
         common = (getattr(torch, name), int(D), int(E), causal == "causal", state == "state")
         if of_favor:
             kind, P, exact = of_favor

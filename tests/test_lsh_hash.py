@@ -153,7 +153,7 @@ def test_lengths_of_rows_do_not_depend_on_blocks_and_do_not_overflow(dtype, bloc
     (x,) = draw((2, 3, 37, 19), dtype=torch.float64)
     # squares of which overflow in the dtype, but not in the float64 that judges
     largest = min(math.sqrt(torch.finfo(dtype).max) * 4, 1e150)
-    x = (x * torch.tensor([1.0, 1e-4, largest])[torch.arange(37) % 3, None]).to(dtype)
+    x = (x * torch.tensor([1.0, 1e-4, largest], dtype=torch.float64)[torch.arange(37) % 3, None]).to(dtype)
     x[0, 0, :2] = 0
     x[1, 1, 5, 3], x[1, 1, 6, 3] = NAN, INF
     expected = torch.ops.longattn._lsh_lengths(x)

@@ -113,6 +113,18 @@ inline T sum(V<T> x) {
   return lane[0];
 }
 
+// a where a > b, else b: so b where one is NaN
+inline V<float> larger(V<float> a, V<float> b) {
+#if defined(__AVX512F__) && LONGATTN_VECTOR_BYTES == 64
+  return (V<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__) && LONGATTN_VECTOR_BYTES == 32
+  return (V<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline V<double> larger(V<double> a, V<double> b) { return a > b ? a : b; }
+
 // e^r 2^-n of x = r + n log 2 with |r| <= log(2)/2, and n as a float and with the bits of a shifted one
 struct Reduced {
   V<float> p, n, shifted;
@@ -150,10 +162,10 @@ inline __attribute__((always_inline)) V<float> exp_share(V<float> x) {
 #if defined(__AVX512F__) && LONGATTN_VECTOR_BYTES == 64
   return exp_nonpositive(x);
 #else
-  Reduced e = reduced_exp(x < -86.f ? broadcast(-86.f) : x);
-  V<float> y = (V<float>)((Bits)e.p + ((Bits)e.shifted << 23));
+  x = larger(broadcast(-86.f), x);
+  Reduced e = reduced_exp(x);
   // a NaN's payload would reach the exponent
-  return x == x ? y : x;
+  return fma(x, V<float>{}, (V<float>)((Bits)e.p + ((Bits)e.shifted << 23)));
 #endif
 }
 inline V<double> exp_nonpositive(V<double> x) {

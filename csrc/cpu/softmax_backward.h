@@ -153,20 +153,6 @@ struct TileBackward {
   bool padded_key(const Head& head, int64_t at) const {
     return x.mask && x.mask.as<bool>()[head.b * x.mask.stride[0] + at * x.mask.stride[1]];
   }
-  T factor_of(const Head& head, int64_t at) const {
-    T scale = static_cast<T>(x.scale);
-    if (x.key_scale)
-      scale *= x.key_scale.as<T>()[head.b * x.key_scale.stride[0] + head.kv * x.key_scale.stride[1] + at * x.key_scale.stride[2]];
-    return scale;
-  }
-  static void row_of(const View& from, int64_t b, int64_t h, int64_t at, int64_t n, T* to) {
-    with_type(from.dtype, [&](auto type) {
-      using From = decltype(type);
-      if constexpr ((sizeof(T) == 8) == (sizeof(From) == 8))
-        load_row(from.as<From>() + b * from.stride[0] + h * from.stride[1] + at * from.stride[2], from.stride[3], n, to);
-    });
-  }
-
   // delta of every query, and gradients at first: 0, and what a row has of its own key
   void begin(Worker& w, const Head& head, int64_t group, int64_t part, int64_t parts, const Sums& sums) const {
     Range keys = share_of_rows(head.keys.length, part, parts), queries = share_of_rows(head.queries.length, part, parts);
@@ -193,7 +179,7 @@ struct TileBackward {
       row_of(y.grad_out, head.b, head.h, at, tiles.E, g), row_of(y.out, head.b, head.h, at, tiles.E, o);
       T delta = of(y.delta, head, at) = dot(g, o, tiles.E);
       if (x.self != SelfRule::always || padded_key(head, at)) continue;
-      T *q = w.row.row(2), *k = w.row.row(3), factor = factor_of(head, at);
+      T *q = w.row.row(2), *k = w.row.row(3), factor = factor_of<T>(x, head.b, head.kv, at);
       row_of(x.q, head.b, head.h, at, tiles.D, q), row_of(tiles.shared ? x.q : x.k, head.b, head.kv, at, tiles.D, k);
       T score = dot(q, k, tiles.D) * factor;
       T p = std::exp(score - lse), kept = dropout.factor(at, at);
@@ -248,7 +234,7 @@ struct TileBackward {
       }
       if (!own_key) continue;
       for (int64_t j = 0; j < k.rows; ++j)
-        if (k.valid[j]) add_key(w, head, j, sums);
+        if (k.valid[j]) add_key(w, j, sums);
     }
     for (int64_t t = own_q.first; t < own_q.last; ++t) {
       QueryTile<T>& q = w.own[t - own_q.first];
@@ -268,6 +254,11 @@ struct TileBackward {
     if (!k.any) return false;
     gather(tiles.shared ? x.q : x.k, head.b, head.kv, k, tiles.D, w.k, true);
     gather(x.v, head.b, head.kv, k, tiles.E, w.v, true);
+    // with its factor a key is what the scores and dQ multiply
+    for (int64_t j = 0; j < k.rows; ++j) {
+      w.factor[j] = k.valid[j] ? factor_of<T>(x, head.b, head.kv, k.position[j]) : T(0);
+      scale_row(w.k.row(j), tiles.D, w.factor[j]);
+    }
     clear_rows(w.k, k.rows, padded<T>(k.rows), tiles.D), clear_rows(w.v, k.rows, padded<T>(k.rows), tiles.E);
     transpose(w.k.p, w.k.ld, k.rows, tiles.D, w.k_transposed.p, w.k_transposed.ld);
     transpose(w.v.p, w.v.ld, k.rows, tiles.E, w.v_transposed.p, w.v_transposed.ld);
@@ -275,7 +266,6 @@ struct TileBackward {
       std::fill(w.dk.row(j), w.dk.row(j) + padded<T>(tiles.D), T(0));
       std::fill(w.dv.row(j), w.dv.row(j) + padded<T>(tiles.E), T(0));
     }
-    for (int64_t j = 0; j < tile_tokens; ++j) w.factor[j] = k.valid[j] ? factor_of(head, k.position[j]) : T(0);
     return true;
   }
 
@@ -292,7 +282,7 @@ struct TileBackward {
       // a row that sees nothing gives nothing
       if (lse == nothing<T>) lse = std::numeric_limits<T>::max();
       for (int64_t j = 0; j < n; j += W) {
-        V<T> factor = load(w.factor + j), s = load(p + j) * factor;
+        V<T> s = load(p + j);
         if (rules.masked) s = rules.allowed(q.origin, i, k, j) ? s : broadcast(nothing<T>);
         V<T> weight = exp_share(s - lse), dp = load(ds + j);
         weight = s == nothing<T> ? V<T>{} : weight;
@@ -303,7 +293,7 @@ struct TileBackward {
         }
         store(kept + j, sum);
         // 0 times what is not finite
-        store(ds + j, weight != T(0) ? weight * (dp - delta) * factor : V<T>{});
+        store(ds + j, weight != T(0) ? weight * (dp - delta) : V<T>{});
       }
     }
     if (own_key) {
@@ -319,17 +309,12 @@ struct TileBackward {
   }
 
   // what a round adds to the gradients of a key and its value
-  void add_key(Worker& w, const Head& head, int64_t j, const Sums& sums) const {
+  void add_key(Worker& w, int64_t j, const Sums& sums) const {
     int64_t at = w.k_origin.position[j];
-    T *dk = w.dk.row(j), *k = w.k.row(j), *to = sums.dk + at * tiles.D;
-    if (x.key_scale) {
-      // the length of a unit key does not change
-      T scale = x.key_scale.as<T>()[head.b * x.key_scale.stride[0] + head.kv * x.key_scale.stride[1] + at * x.key_scale.stride[2]];
-      T along = dot(dk, k, tiles.D) * scale * scale;
-      for (int64_t d = 0; d < tiles.D; ++d) to[d] += dk[d] - along * k[d];
-    } else {
-      for (int64_t d = 0; d < tiles.D; ++d) to[d] += dk[d];
-    }
+    T *dk = w.dk.row(j), *k = w.k.row(j), *to = sums.dk + at * tiles.D, factor = w.factor[j], along = 0;
+    // the length of a unit key does not change
+    if (x.key_scale && x.scale != 0) along = dot(dk, k, tiles.D) / static_cast<T>(x.scale * x.scale);
+    for (int64_t d = 0; d < tiles.D; ++d) to[d] += factor * (dk[d] - along * k[d]);
     T *dv = w.dv.row(j), *value = sums.dv + at * tiles.E;
     for (int64_t e = 0; e < tiles.E; ++e) value[e] += dv[e];
   }

@@ -18,26 +18,40 @@ struct KeyTile {
 };
 
 template <class T, class A>
+struct QueryRows {
+  Origin<T> origin;
+  Matrix<T> q, own_q, out;
+  Matrix<A> factor;
+  T *top, *total;
+  Range window;
+};
+
+template <class T, class A>
 struct ForwardScratch {
-  static constexpr int64_t group = 2;
+  static constexpr int64_t group = 2, block = 4;  // key tiles, and query tiles that meet them in turn
   KeyTile<T, A>* tiles;
   int64_t slots;
-  Origin<T> q_origin;
-  Matrix<T> q, own_q, scores, out, row, transposed;
-  Matrix<A> q_factor, p_factor;
-  T *top, *total, *share, *new_top;
+  QueryRows<T, A> queries[block];
+  Matrix<T> scaled, scores, row, transposed;
+  Matrix<A> p_factor;
+  T *share, *new_top;
   int64_t bytes;
 
   ForwardScratch(char* memory, const Tiles& x, int64_t slots) : slots(slots) {
     Arena<T> arena{memory};
     int64_t D = padded<T>(x.D), E = padded<T>(x.E), pairs = has_pairs ? padded<T>(round_up(x.D, 2 * width<T>) / 2) : 0;
     tiles = reinterpret_cast<KeyTile<T, A>*>(arena.template take<char>(1, slots * int64_t(sizeof(KeyTile<T, A>))).p);
-    q_origin.take(arena, x.R);
-    own_q = arena.take(tile_tokens, D), row = arena.take(2, std::max(D, E));
-    scores = arena.take(tile_tokens, group * tile_tokens), out = arena.take(tile_tokens, E);
-    for (T** p : {&top, &total, &share, &new_top}) *p = arena.take(1, tile_tokens).p;
+    for (QueryRows<T, A>& q : queries) {
+      q.origin.take(arena, x.R);
+      q.own_q = arena.take(tile_tokens, D), q.out = arena.take(tile_tokens, E);
+      if constexpr (per<A> == 2) q.factor = arena.template take<A>(tile_tokens, pairs);
+      for (T** p : {&q.top, &q.total}) *p = arena.take(1, tile_tokens).p;
+    }
+    scaled = arena.take(tile_tokens, D), row = arena.take(2, std::max(D, E));
+    scores = arena.take(tile_tokens, group * tile_tokens);
+    for (T** p : {&share, &new_top}) *p = arena.take(1, tile_tokens).p;
     if constexpr (per<A> == 2) {
-      q_factor = arena.template take<A>(tile_tokens, pairs), p_factor = arena.template take<A>(tile_tokens, group * tile_tokens / 2);
+      p_factor = arena.template take<A>(tile_tokens, group * tile_tokens / 2);
       transposed = arena.take(tile_tokens, std::max(E, pairs));
     }
     KeyTile<T, A> unwritten;
@@ -101,7 +115,10 @@ struct TileForward {
           Head head = tiles.head(first + task / n);
           int64_t begin = task % n * segment, end = std::min(begin + segment, tiles.query_tiling(head).tiles());
           T* out = needs_sums() ? sums + task / n * tiles.L * tiles.E : nullptr;
-          for (int64_t tile = begin; tile < end; ++tile) query_tile(workers[me], head, round, tile, out);
+          // where windows are short two tiles share few keys
+          int64_t step = slots_of_window() <= 4 * Worker::block ? 1 : Worker::block;
+          for (int64_t tile = begin; tile < end; tile += step)
+            query_tiles(workers[me], head, round, tile, std::min(step, end - tile), out);
         });
   }
 
@@ -131,6 +148,8 @@ struct TileForward {
     const View& from = tiles.shared ? x.q : x.k;
     gather(from, head.b, head.kv, k.origin, tiles.D, k.rows, false);
     k.origin.any_bad = false;
+    for (int64_t i = 0; i < tile_tokens; ++i)
+      k.factor[i] = i < k.origin.rows && k.origin.valid[i] ? factor_of<T>(x, head.b, head.kv, k.origin.position[i]) : T(0);
     clear_rows(k.rows, k.origin.rows, padded<T>(k.origin.rows), tiles.D);
     if constexpr (per<A> == 2) {
       pair_along(k.origin.rows, tiles.D, k.rows, {reinterpret_cast<Pair*>(w.transposed.p), w.transposed.ld});
@@ -138,19 +157,15 @@ struct TileForward {
       clear_rows(w.transposed, k.origin.rows, padded<T>(k.origin.rows), pairs);
       transpose(w.transposed.p, w.transposed.ld, k.origin.rows, pairs, reinterpret_cast<T*>(k.k.p), k.k.ld);
     } else {
-      transpose(k.rows.p, k.rows.ld, k.origin.rows, tiles.D, k.k.p, k.k.ld);
+      // the rows themselves may be queries
+      for (int64_t i = 0; i < padded<T>(k.origin.rows); ++i)
+        for (int64_t d = 0; d < tiles.D; d += width<T>) store(w.scaled.row(i) + d, load(k.rows.row(i) + d) * k.factor[i]);
+      transpose(w.scaled.p, w.scaled.ld, k.origin.rows, tiles.D, k.k.p, k.k.ld);
     }
     std::fill(k.origin.bad, k.origin.bad + tile_tokens, false);
     Matrix<T> v = value_rows(w, k);
     gather(x.v, head.b, head.kv, k.origin, tiles.E, v, true);
     if constexpr (per<A> == 2) pair_across(k.origin.rows, tiles.E, v, k.v);
-    for (int64_t i = 0; i < tile_tokens; ++i) {
-      T scale = static_cast<T>(x.scale);
-      if (x.key_scale && k.origin.valid[i])
-        scale *= x.key_scale.as<T>()[head.b * x.key_scale.stride[0] + head.kv * x.key_scale.stride[1] +
-                                     k.origin.position[i] * x.key_scale.stride[2]];
-      k.factor[i] = scale;
-    }
     return k;
   }
   Matrix<T> value_rows(Worker& w, KeyTile<T, A>& k) const {
@@ -158,87 +173,93 @@ struct TileForward {
     else return k.v;
   }
 
-  void query_tile(Worker& w, const Head& head, int64_t round, int64_t tile, T* sums) {
-    Tiling queries = tiles.query_tiling(head);
-    Origin<T>& q = w.q_origin;
-    locate(tiles, false, head.b, head.h, head.queries, queries, {round, tile}, tiles.shared, round + 1, q);
-    w.q = w.own_q;
-    // shared: the rows of a tile are queries and keys
-    if (tiles.shared && q.any) w.q = key_tile(w, head, round, tile).rows;
-    else gather(x.q, head.b, head.h, q, tiles.D, w.q, false);
-    if constexpr (per<A> == 2) pair_along(q.rows, tiles.D, w.q, w.q_factor);
-    for (int64_t i = 0; i < q.rows; ++i) {
-      w.top[i] = round ? of(y.top, head, q.position[i]) : nothing<T>;
-      w.total[i] = round ? of(y.lse, head, q.position[i]) : T(0);
-      if (round) load_row(waiting(sums, head, q.position[i]), 1, tiles.E, w.out.row(i));
-      else std::fill(w.out.row(i), w.out.row(i) + padded<T>(tiles.E), T(0));
-    }
+  void query_tiles(Worker& w, const Head& head, int64_t round, int64_t tile, int64_t count, T* sums) {
     Dropout<T> dropout(x, head.b * tiles.Hq + head.h);
-    Range window = tiles.window(head, round, tile);
-    if (q.any || !tiles.shared)
-      for (int64_t first = window.first; first < window.last; first += Worker::group) {
+    Range keys{std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::min()};
+    for (int64_t n = 0; n < count; ++n) {
+      QueryRows<T, A>& q = w.queries[n];
+      begin(w, q, head, round, tile + n, sums);
+      if (q.window.first == q.window.last) continue;
+      keys = {std::min(keys.first, q.window.first), std::max(keys.last, q.window.last)};
+    }
+    for (int64_t first = keys.first; first < keys.last; first += Worker::group)
+      for (int64_t n = 0; n < count; ++n) {
+        QueryRows<T, A>& q = w.queries[n];
         const KeyTile<T, A>* group[Worker::group];
-        int64_t count = 0;
-        for (int64_t g = first; g < std::min(first + Worker::group, window.last); ++g) {
+        int64_t met = 0;
+        for (int64_t g = std::max(first, q.window.first); g < std::min(first + Worker::group, q.window.last); ++g) {
           const KeyTile<T, A>& k = key_tile(w, head, round, g);
-          if (k.origin.any) group[count++] = &k;
+          if (k.origin.any) group[met++] = &k;
         }
-        if (count) meet(w, round, group, count, dropout);
+        if (met) meet(w, q, round, group, met, dropout);
       }
-    if (round + 1 < tiles.R) {
-      for (int64_t i = 0; i < q.rows; ++i) {
-        of(y.top, head, q.position[i]) = w.top[i], of(y.lse, head, q.position[i]) = w.total[i];
-        store_row(w.out.row(i), waiting(sums, head, q.position[i]), tiles.E);
+    for (int64_t n = 0; n < count; ++n) {
+      QueryRows<T, A>& q = w.queries[n];
+      for (int64_t i = 0; i < q.origin.rows; ++i) {
+        if (round + 1 == tiles.R) {
+          finish(w, q, head, i, dropout);
+        } else {
+          of(y.top, head, q.origin.position[i]) = q.top[i], of(y.lse, head, q.origin.position[i]) = q.total[i];
+          store_row(q.out.row(i), waiting(sums, head, q.origin.position[i]), tiles.E);
+        }
       }
-    } else {
-      for (int64_t i = 0; i < q.rows; ++i) finish(w, head, i, dropout);
     }
   }
 
-  void meet(Worker& w, int64_t round, const KeyTile<T, A>* const* group, int64_t count, const Dropout<T>& dropout) {
+  void begin(Worker& w, QueryRows<T, A>& q, const Head& head, int64_t round, int64_t tile, T* sums) {
+    Origin<T>& from = q.origin;
+    locate(tiles, false, head.b, head.h, head.queries, tiles.query_tiling(head), {round, tile}, tiles.shared, round + 1, from);
+    q.q = q.own_q;
+    // shared: the rows of a tile are queries and keys
+    if (tiles.shared && from.any) q.q = key_tile(w, head, round, tile).rows;
+    else gather(x.q, head.b, head.h, from, tiles.D, q.q, false);
+    if constexpr (per<A> == 2) pair_along(from.rows, tiles.D, q.q, q.factor);
+    for (int64_t i = 0; i < from.rows; ++i) {
+      q.top[i] = round ? of(y.top, head, from.position[i]) : nothing<T>;
+      q.total[i] = round ? of(y.lse, head, from.position[i]) : T(0);
+      if (round) load_row(waiting(sums, head, from.position[i]), 1, tiles.E, q.out.row(i));
+      else std::fill(q.out.row(i), q.out.row(i) + padded<T>(tiles.E), T(0));
+    }
+    q.window = from.any || !tiles.shared ? tiles.window(head, round, tile) : Range{0, 0};
+  }
+
+  void meet(Worker& w, QueryRows<T, A>& q, int64_t round, const KeyTile<T, A>* const* group, int64_t count,
+            const Dropout<T>& dropout) {
     constexpr int W = width<T>;
-    Origin<T>& q = w.q_origin;
+    int64_t rows = q.origin.rows, vectors[Worker::group];
     Rules<T> rules[Worker::group];
-    int64_t vectors[Worker::group];
     for (int64_t g = 0; g < count; ++g) {
       const KeyTile<T, A>& k = *group[g];
       Matrix<T> s{w.scores.p + g * tile_tokens, w.scores.ld};
-      if constexpr (per<A> == 2) multiply<T, A>(q.rows, round_up(tiles.D, 2 * W) / 2, w.q_factor, k.k, k.origin.rows, s, false);
-      else multiply<T, A>(q.rows, tiles.D, w.q, k.k, k.origin.rows, s, false);
-      rules[g] = rules_of(tiles, round, q, k.origin), vectors[g] = padded<T>(k.origin.rows) / W;
+      if constexpr (per<A> == 2) multiply<T, A>(rows, round_up(tiles.D, 2 * W) / 2, q.factor, k.k, k.origin.rows, s, false);
+      else multiply<T, A>(rows, tiles.D, q.q, k.k, k.origin.rows, s, false);
+      rules[g] = rules_of(tiles, round, q.origin, k.origin), vectors[g] = padded<T>(k.origin.rows) / W;
     }
-    for (int64_t i = 0; i < q.rows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       V<T> top = broadcast(nothing<T>);
       for (int64_t g = 0; g < count; ++g) {
         T* s = w.scores.row(i) + g * tile_tokens;
         const KeyTile<T, A>& k = *group[g];
-        if (rules[g].masked) {
-          for (int64_t j = 0; j < vectors[g]; ++j) {
-            V<T> value = load(s + j * W) * load(k.factor + j * W);
-            value = rules[g].allowed(q, i, k.origin, j * W) ? value : broadcast(nothing<T>);
-            store(s + j * W, value);
-            top = value > top ? value : top;
-          }
-        } else {
-          for (int64_t j = 0; j < vectors[g]; ++j) {
-            V<T> value = load(s + j * W) * load(k.factor + j * W);
-            store(s + j * W, value);
-            top = value > top ? value : top;
-          }
+        for (int64_t j = 0; j < vectors[g]; ++j) {
+          V<T> value = load(s + j * W);
+          if (per<A> == 2) value *= load(k.factor + j * W);
+          if (rules[g].masked) value = rules[g].allowed(q.origin, i, k.origin, j * W) ? value : broadcast(nothing<T>);
+          if (per<A> == 2 || rules[g].masked) store(s + j * W, value);
+          top = larger(value, top);
         }
       }
-      w.new_top[i] = std::max(w.top[i], largest<T>(top));
+      w.new_top[i] = std::max(q.top[i], largest<T>(top));
     }
-    for (int64_t i = 0; i < q.rows; i += W) {
+    for (int64_t i = 0; i < rows; i += W) {
       // a row that has seen nothing keeps its sum of 0
-      V<T> old = load(w.top + i), now = load(w.new_top + i);
+      V<T> old = load(q.top + i), now = load(w.new_top + i);
       V<T> share = exp_share(old - now);
       store(w.share + i, old == now ? broadcast(T(1)) : old == nothing<T> ? V<T>{} : share);
     }
-    for (int64_t i = 0; i < q.rows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       T top = w.new_top[i];
       if (top == nothing<T>) top = 0;
-      uint32_t row = dropout.on ? dropout.row(q.position[i]) : 0;
+      uint32_t row = dropout.on ? dropout.row(q.origin.position[i]) : 0;
       V<T> total{};
       for (int64_t g = 0; g < count; ++g) {
         T* s = w.scores.row(i) + g * tile_tokens;
@@ -251,46 +272,41 @@ struct TileForward {
           store(s + j * W, p);
         }
       }
-      w.total[i] = w.total[i] * w.share[i] + sum<T>(total), w.top[i] = w.new_top[i];
-      if (w.share[i] != T(1)) {
-        T* out = w.out.row(i);
-        for (int64_t e = 0; e < tiles.E; e += W) store(out + e, load(out + e) * w.share[i]);
-      }
+      q.total[i] = q.total[i] * w.share[i] + sum<T>(total), q.top[i] = w.new_top[i];
+      if (w.share[i] != T(1)) scale_row(q.out.row(i), tiles.E, w.share[i]);
     }
     for (int64_t g = 0; g < count; ++g) {
       const KeyTile<T, A>& k = *group[g];
       Matrix<T> p{w.scores.p + g * tile_tokens, w.scores.ld};
       if constexpr (per<A> == 2) {
-        pair_along(q.rows, padded<T>(k.origin.rows), p, w.p_factor);
-        multiply<T, A>(q.rows, (k.origin.rows + 1) / 2, w.p_factor, k.v, tiles.E, w.out, true);
+        pair_along(rows, padded<T>(k.origin.rows), p, w.p_factor);
+        multiply<T, A>(rows, (k.origin.rows + 1) / 2, w.p_factor, k.v, tiles.E, q.out, true);
       } else {
-        multiply<T, A>(q.rows, k.origin.rows, p, k.v, tiles.E, w.out, true);
+        multiply<T, A>(rows, k.origin.rows, p, k.v, tiles.E, q.out, true);
       }
-      if (k.origin.any_bad) spoil(w, p, k.origin);
+      if (k.origin.any_bad) spoil(q, p, k.origin);
     }
   }
 
   // values that are not finite stood out of the product: they reach the rows that give them a weight
-  void spoil(Worker& w, Matrix<T> p, const Origin<T>& k) const {
-    for (int64_t i = 0; i < w.q_origin.rows; ++i)
+  void spoil(QueryRows<T, A>& q, Matrix<T> p, const Origin<T>& k) const {
+    for (int64_t i = 0; i < q.origin.rows; ++i)
       for (int64_t j = 0; j < k.rows; ++j)
         if (k.bad[j] && p.row(i)[j] != 0)
-          std::fill(w.out.row(i), w.out.row(i) + padded<T>(tiles.E), std::numeric_limits<T>::quiet_NaN());
+          std::fill(q.out.row(i), q.out.row(i) + padded<T>(tiles.E), std::numeric_limits<T>::quiet_NaN());
   }
 
   // a row after its last round: its own key, the quotient, the logarithm
-  void finish(Worker& w, const Head& head, int64_t i, const Dropout<T>& dropout) const {
-    int64_t at = w.q_origin.position[i];
-    T *out = w.out.row(i), top = w.top[i], total = w.total[i];
+  void finish(Worker& w, QueryRows<T, A>& q, const Head& head, int64_t i, const Dropout<T>& dropout) const {
+    int64_t at = q.origin.position[i];
+    T *out = q.out.row(i), top = q.top[i], total = q.total[i];
     // the backward knows a row that fell back on its own key by an lse of nothing
     bool fell_back = x.self == SelfRule::fallback && total == 0, own = x.self == SelfRule::always || fell_back;
     if (own && !(x.mask && x.mask.as<bool>()[head.b * x.mask.stride[0] + at * x.mask.stride[1]])) {
-      T *key = w.row.row(0), *value = w.row.row(1), factor = static_cast<T>(x.scale);
+      T *key = w.row.row(0), *value = w.row.row(1), factor = factor_of<T>(x, head.b, head.kv, at);
       row_of(tiles.shared ? x.q : x.k, head.b, head.kv, at, tiles.D, key);
       row_of(x.v, head.b, head.kv, at, tiles.E, value);
-      if (x.key_scale)
-        factor *= x.key_scale.as<T>()[head.b * x.key_scale.stride[0] + head.kv * x.key_scale.stride[1] + at * x.key_scale.stride[2]];
-      T score = dot(w.q.row(i), key, tiles.D) * factor, now = std::max(top, score);
+      T score = dot(q.q.row(i), key, tiles.D) * factor, now = std::max(top, score);
       // a NaN stays one
       if (score != score) now = score;
       T old_share = share_of(top, now), share = std::exp(score - now), kept = share * dropout.factor(at, at);
@@ -302,21 +318,13 @@ struct TileForward {
     }
     T inverse = total == 0 ? T(0) : 1 / total;
     for (int64_t e = 0; e < tiles.E; e += width<T>) store(out + e, load(out + e) * inverse);
-    bool hidden = tiles.shared && !w.q_origin.valid[i];
+    bool hidden = tiles.shared && !q.origin.valid[i];
     if (hidden) std::fill(out, out + padded<T>(tiles.E), T(0));
     of(y.lse, head, at) = hidden || fell_back || total == 0 ? nothing<T> : top + std::log(total);
     with_type(y.out.dtype, [&](auto type) {
       using To = decltype(type);
       if constexpr ((sizeof(T) == 8) == (sizeof(To) == 8))
         store_row(out, y.out.as<To>() + head.b * y.out.stride[0] + head.h * y.out.stride[1] + at * y.out.stride[2], tiles.E);
-    });
-  }
-
-  static void row_of(const View& from, int64_t b, int64_t h, int64_t at, int64_t n, T* to) {
-    with_type(from.dtype, [&](auto type) {
-      using From = decltype(type);
-      if constexpr ((sizeof(T) == 8) == (sizeof(From) == 8))
-        load_row(from.as<From>() + b * from.stride[0] + h * from.stride[1] + at * from.stride[2], from.stride[3], n, to);
     });
   }
 };

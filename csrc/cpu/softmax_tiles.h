@@ -122,6 +122,26 @@ Rules<T> rules_of(const Tiles& x, int64_t round, const Origin<T>& q, const Origi
   return y;
 }
 
+// what a key is multiplied by before it meets a query
+template <class T>
+inline T factor_of(const SoftmaxProblem& x, int64_t b, int64_t kv, int64_t at) {
+  T scale = static_cast<T>(x.scale);
+  const View& own = x.key_scale;
+  return own ? scale * own.as<T>()[b * own.stride[0] + kv * own.stride[1] + at * own.stride[2]] : scale;
+}
+template <class T>
+inline void scale_row(T* row, int64_t n, T factor) {
+  for (int64_t d = 0; d < n; d += width<T>) store(row + d, load(row + d) * factor);
+}
+template <class T>
+inline void row_of(const View& from, int64_t b, int64_t h, int64_t at, int64_t n, T* to) {
+  with_type(from.dtype, [&](auto type) {
+    using From = decltype(type);
+    if constexpr ((sizeof(T) == 8) == (sizeof(From) == 8))
+      load_row(from.as<From>() + b * from.stride[0] + h * from.stride[1] + at * from.stride[2], from.stride[3], n, to);
+  });
+}
+
 // dropout by a counter: whether a pair is dropped depends on the seed, the head and the two positions alone
 template <class U>
 inline U mix(U x) {

@@ -1,4 +1,4 @@
-"""LSH in Triton: the hash, projection and argmax in one pass over the rows; and the sort where there is no CUDA extension."""
+"""The hash of LSH in Triton: projection and argmax in one pass over the rows, no projection ever in memory."""
 
 from __future__ import annotations
 
@@ -87,19 +87,3 @@ def hash(x: Tensor, extra: Tensor | None, rotations: Tensor, factors: tuple[int,
                 FACTORS=tuple(factors), BM=ROWS, BC=COLUMNS, BD=INNER, HAS_EXTRA=extra is not None, EMULATE=EMULATE,
                 num_warps=4, enable_fp_fusion=True)
     return buckets
-
-
-def sort(keys: Tensor, n_keys: int, cu_seqlens: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
-    """keys [B, H, R, N] int32 -> positions by key within each sequence, ties by position; the chunk of each position.
-
-    torch.sort of 64-bit keys: what runs where the extension has no CUDA.
-    """
-    place = torch.arange(keys.shape[3], device=keys.device)
-    wanted = keys.clamp(0, n_keys - 1).long()
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens[1:], place, right=True)
-        wanted += sequence * n_keys
-        place = place - cu_seqlens.gather(0, sequence.clamp(max=cu_seqlens.numel() - 1))
-    order = wanted.sort(dim=-1, stable=True).indices
-    rank = torch.empty_like(keys).scatter_(-1, order, (place // chunk).int().expand(keys.shape).contiguous())
-    return order.int(), rank

@@ -46,22 +46,26 @@ class Tiles(NamedTuple):
 # how tl.dot multiplies, the kernel, head_dim up to -> tiles; the first that fits is taken. Chosen to compile without a spill
 # for sm_80, sm_90 and sm_100, not yet by time
 TILES = (
-    ("bf16", "forward", 64, Tiles(64, 64, 64, 64, 4, 2)),
-    ("bf16", "forward", 128, Tiles(64, 64, 128, 128, 4, 2)),
+    ("bf16", "forward", 64, Tiles(64, 64, 64, 64, 4, 1)),
+    ("bf16", "forward", 128, Tiles(64, 64, 128, 128, 8, 1)),
     ("bf16", "forward", 256, Tiles(64, 32, 128, 256, 8, 1)),
-    ("bf16", "", 64, Tiles(64, 64, 64, 64, 4, 1)),
-    ("bf16", "", 128, Tiles(64, 64, 128, 128, 8, 1)),
+    ("bf16", "keys", 64, Tiles(64, 64, 64, 64, 4, 1)),
+    ("bf16", "", 64, Tiles(64, 64, 64, 64, 8, 1)),
+    ("bf16", "", 128, Tiles(64, 32, 128, 128, 8, 1)),
     ("bf16", "", 256, Tiles(32, 32, 64, 64, 8, 1)),
     ("tf32", "forward", 64, Tiles(64, 32, 64, 64, 4, 1)),
     ("tf32", "forward", 256, Tiles(64, 32, 32, 64, 8, 1)),
     ("tf32", "", 64, Tiles(32, 32, 32, 64, 4, 1)),
     ("tf32", "", 256, Tiles(32, 32, 32, 32, 8, 1)),
-    ("ieee", "forward", 256, Tiles(32, 16, 16, 32, 4, 1)),
+    ("ieee", "forward", 64, Tiles(32, 16, 16, 32, 8, 1)),
+    ("ieee", "forward", 256, Tiles(32, 16, 16, 16, 8, 1)),
+    ("ieee", "keys", 64, Tiles(16, 16, 16, 32, 4, 1)),
+    ("ieee", "keys", 256, Tiles(16, 16, 16, 16, 8, 1)),
     ("ieee", "", 256, Tiles(16, 16, 16, 32, 4, 1)),
 )
 
 
-def refuses(q: Tensor, v: Tensor) -> str | None:
+def refuses(q: Tensor, k: Tensor | None, v: Tensor) -> str | None:
     """Why these kernels do not take the inputs, in a sentence, or None."""
     if not EMULATE and q.device.type != "cuda":
         return f"Triton needs a CUDA device, got {q.device}"
@@ -183,7 +187,7 @@ class _Call:
     def options(self, tiles: Tiles) -> dict[str, Any]:
         return {"D": self.D, "BD": min(tiles.inner, padded(self.D)), "E": self.E, "BE": min(tiles.outer, padded(self.E)),
                 "BM": tiles.own, "BN": tiles.other, "IDENTITY": self.identity, "CENTRED": self.centred, "PACKED": self.packed,
-                "SCALED": self.key_scale is not None, "CAUSAL": self.causal, "SELF": self.self_rule, "DEDUPE": self.dedupe,
+                "SCALED": self.key_scale is not None, "CAUSAL": self.causal, "SELF": self.self_rule, "BEFORE": self.R - 1 if self.dedupe else 0,
                 "BUCKETS": self.bucket_q is not None, "WRAP": self.wrap, "DROPOUT": self.dropout_p > 0, "DOT": self.dot,
                 "EMULATE": EMULATE, "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
 

@@ -55,7 +55,7 @@ def _log_sum(ptr, at, inside):
 def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, own, begin, end, order, tables, r, r_b, L, S,
           look_back, look_ahead, bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
           BE: tl.constexpr, BN: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr,
-          SCALED: tl.constexpr, CAUSAL: tl.constexpr, SELF: tl.constexpr, DEDUPE: tl.constexpr, BUCKETS: tl.constexpr,
+          SCALED: tl.constexpr, CAUSAL: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr,
           DROPOUT: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
     """A tile of the own side a meets the rows of the other side b at places [begin, begin + BN) before end.
 
@@ -92,9 +92,8 @@ def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, ow
         delta = tl.load(b.delta + b_row + j, mask=inside, other=0.0)[None, :]
     if MASKED:
         seen = known[:, None] & (flag != DEAD_FLAG)[None, :]
-        query, key = (i[:, None], j[None, :]) if QUERIES else (j[None, :], i[:, None])
-        ok = allowed(query, key, seen, tables[0], tables[1], tables[2], tables[3], L, S, r if QUERIES else r_b,
-                     r_b if QUERIES else r, look_back, look_ahead, CAUSAL, SELF, DEDUPE, BUCKETS)
+        ok = allowed(i if QUERIES else j, j if QUERIES else i, seen, tables[0], tables[1], tables[2], tables[3], L, S,
+                     r if QUERIES else r_b, r_b if QUERIES else r, look_back, look_ahead, QUERIES, CAUSAL, SELF, BEFORE, BUCKETS)
         p = tl.where(ok, p, 0.0)
         if QUERIES and SELF == 1:
             some = some | tl.max(ok.to(tl.int32), 1)
@@ -142,7 +141,7 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
                     R, begun, look_back, look_ahead, scale, seed_low, seed_high, threshold, gain, D: tl.constexpr,
                     BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                     QUERIES: tl.constexpr, IDENTITY: tl.constexpr, CENTRED: tl.constexpr, PACKED: tl.constexpr,
-                    SCALED: tl.constexpr, CAUSAL: tl.constexpr, SELF: tl.constexpr, DEDUPE: tl.constexpr,
+                    SCALED: tl.constexpr, CAUSAL: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr,
                     BUCKETS: tl.constexpr, WRAP: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr,
                     FINAL: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
     """Round r of dq (QUERIES; a is q, dO) or of dk and dv (a is k, v), [B, heads, N, dim].
@@ -201,11 +200,11 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
         own = (column,)
 
     x_part = ()
-    for part in tl.static_range(PARTS):
+    for _ in tl.static_range(PARTS):
         x_part = x_part + (tl.zeros([BM, BD], tl.float32),)
     y_part = ()
     if not QUERIES:
-        for block in tl.static_range(BLOCKS):
+        for _ in tl.static_range(BLOCKS):
             y_part = y_part + (tl.zeros([BM, BE], tl.float32),)
     some = tl.zeros([BM], tl.int32)
     held = 0
@@ -250,7 +249,7 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
             if CENTRED and not QUERIES:
                 met = tl.load(entries + b_line * R * b_slots + e)
                 r_b = (met // b_slots).to(tl.int32)
-                low, high, _ = span(cu, met % b_slots, L, sequences, chunk, PACKED)
+                low, high, _sequence = span(cu, met % b_slots, L, sequences, chunk, PACKED)
             order = b.order + b_table + r_b * b.length
             middle = low
             if PLAIN:
@@ -266,13 +265,13 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
                     x_part, y_part, some = _meet(
                         x_part, y_part, some, held, held_y, a, b, at, i, live, y_live, known, own, place, high, order, tables,
                         r, r_b, L, S, look_back, look_ahead, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
-                        not QUERIES, IDENTITY, SCALED, CAUSAL, SELF, DEDUPE, BUCKETS, DROPOUT, DOT, EMULATE)
+                        not QUERIES, IDENTITY, SCALED, CAUSAL, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
             if CAUSAL or not PLAIN or not QUERIES:
                 for place in range(middle.to(tl.int32), high.to(tl.int32), BN):
                     x_part, y_part, some = _meet(
                         x_part, y_part, some, held, held_y, a, b, at, i, live, y_live, known, own, place, high, order, tables,
                         r, r_b, L, S, look_back, look_ahead, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
-                        not PLAIN or QUERIES, IDENTITY, SCALED, CAUSAL, SELF, DEDUPE, BUCKETS, DROPOUT, DOT, EMULATE)
+                        not PLAIN or QUERIES, IDENTITY, SCALED, CAUSAL, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
 
     if QUERIES and SELF == 1:
         known = places < tl.where(r > 0, end, begin)

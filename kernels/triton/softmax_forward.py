@@ -13,7 +13,7 @@ from .tiles import operand, product, store
 def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tables, r, r_k, look_back, look_ahead,  # noqa: E741
           bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
           BN: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr, SCALED: tl.constexpr, CAUSAL: tl.constexpr,
-          SELF: tl.constexpr, DEDUPE: tl.constexpr, BUCKETS: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
+          SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
           EMULATE: tl.constexpr):
     """The queries of a tile meet the keys at places [begin, begin + BN) before end."""
     PARTS: tl.constexpr = (D + BD - 1) // BD
@@ -42,8 +42,8 @@ def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tab
     s = s * column[None, :] + offset[None, :]
     if MASKED:
         seen = (flag != DEAD_FLAG)[None, :] & q_inside[:, None]
-        ok = allowed(i[:, None], j[None, :], seen, tables[0], tables[1], tables[2], tables[3], q.length, k.length, r, r_k,
-                     look_back, look_ahead, CAUSAL, SELF, DEDUPE, BUCKETS)
+        ok = allowed(i, j, seen, tables[0], tables[1], tables[2], tables[3], q.length, k.length, r, r_k, look_back, look_ahead,
+                     True, CAUSAL, SELF, BEFORE, BUCKETS)
         s = tl.where(ok, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(top == float("-inf"), 0.0, top)
@@ -68,7 +68,7 @@ def forward_kernel(q, k, cu, bad, sum_o, sum_m, sum_l, out, lse, slots, tiles, k
                    look_ahead, scale, seed_low, seed_high, threshold, gain, D: tl.constexpr, BD: tl.constexpr,
                    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, IDENTITY: tl.constexpr,
                    CENTRED: tl.constexpr, PACKED: tl.constexpr, SCALED: tl.constexpr, CAUSAL: tl.constexpr,
-                   SELF: tl.constexpr, DEDUPE: tl.constexpr, BUCKETS: tl.constexpr, WRAP: tl.constexpr,
+                   SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, WRAP: tl.constexpr,
                    DROPOUT: tl.constexpr, LAST: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
     """Round r. out [B, Hq, L, E] and lse [B, Hq, L] if LAST, else the running sums of q's heads in the same shapes."""
     PARTS: tl.constexpr = (D + BD - 1) // BD
@@ -129,12 +129,12 @@ def forward_kernel(q, k, cu, bad, sum_o, sum_m, sum_l, out, lse, slots, tiles, k
             for place in range(low.to(tl.int32), middle.to(tl.int32), BN):
                 acc, m, l = _meet(acc, m, l, held, q, k, at, i, live, inside, place, high, order, tables, r, r_k,  # noqa: E741
                                   look_back, look_ahead, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, False,
-                                  IDENTITY, SCALED, CAUSAL, SELF, DEDUPE, BUCKETS, DROPOUT, DOT, EMULATE)
+                                  IDENTITY, SCALED, CAUSAL, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
         if CAUSAL or not PLAIN:
             for place in range(middle.to(tl.int32), high.to(tl.int32), BN):
                 acc, m, l = _meet(acc, m, l, held, q, k, at, i, live, inside, place, high, order, tables, r, r_k,  # noqa: E741
                                   look_back, look_ahead, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, True,
-                                  IDENTITY, SCALED, CAUSAL, SELF, DEDUPE, BUCKETS, DROPOUT, DOT, EMULATE)
+                                  IDENTITY, SCALED, CAUSAL, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
 
     fade = tl.full([BM], 1.0, tl.float32)
     weight = tl.zeros([BM], tl.float32)

@@ -122,23 +122,38 @@ def exact_rows(x, at, l, d, tokens, live, cols, WIDTH: tl.constexpr):  # noqa: E
 
 
 @triton.jit
-def allowed(i, j, seen, q_rank, k_rank, q_bucket, k_bucket, L, S, r, r_k, look_back, look_ahead, CAUSAL: tl.constexpr,
-            SELF: tl.constexpr, DEDUPE: tl.constexpr, BUCKETS: tl.constexpr):
-    """Which pairs of queries i and keys j count, of those that are `seen`; i and j are broadcast, either way up."""
+def across(q, k, QUERIES: tl.constexpr):
+    """A vector of queries and one of keys, broadcast to the tile of an owner: QUERIES, or keys."""
+    if QUERIES:
+        query = q[:, None]
+        key = k[None, :]
+    else:
+        query = q[None, :]
+        key = k[:, None]
+    return query, key
+
+
+@triton.jit
+def allowed(i, j, seen, q_rank, k_rank, q_bucket, k_bucket, L, S, r, r_k, look_back, look_ahead, QUERIES: tl.constexpr,
+            CAUSAL: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr):
+    """Which pairs of queries i and keys j count, of those that are `seen`."""
     ok = seen
+    query, key = across(i, j, QUERIES)
     if CAUSAL:
-        ok = ok & (j <= i)
+        ok = ok & (key <= query)
     if SELF != 0:
-        ok = ok & (j != i)
+        ok = ok & (key != query)
     if BUCKETS:
-        ok = ok & (tl.load(q_bucket + r * L + i) == tl.load(k_bucket + r_k * S + j))
-    if DEDUPE:
-        for e in range(r.to(tl.int32)):
-            ahead = tl.load(k_rank + e * S + j) - tl.load(q_rank + e * L + i)
+        query, key = across(tl.load(q_bucket + r * L + i), tl.load(k_bucket + r_k * S + j), QUERIES)
+        ok = ok & (query == key)
+    for e in tl.static_range(BEFORE):
+            query, key = across(tl.load(q_rank + e * L + i), tl.load(k_rank + e * S + j), QUERIES)
+            ahead = key - query
             met = (ahead >= -look_back) & (ahead <= look_ahead)
             if BUCKETS:
-                met = met & (tl.load(q_bucket + e * L + i) == tl.load(k_bucket + e * S + j))
-            ok = ok & (met == 0)
+                query, key = across(tl.load(q_bucket + e * L + i), tl.load(k_bucket + e * S + j), QUERIES)
+                met = met & (query == key)
+            ok = ok & ((met == 0) | (e >= r))
     return ok
 
 

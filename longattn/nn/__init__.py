@@ -1,6 +1,7 @@
 """Modules: the drop-in for torch.nn.MultiheadAttention and the descriptions of what runs inside it."""
 
 from .attention import MultiheadAttention
+from .lsh import LSH, LSHSelfAttention
 from .mechanisms import Exact, Linear, Mechanism
 
-__all__ = ["Exact", "Linear", "Mechanism", "MultiheadAttention"]
+__all__ = ["LSH", "Exact", "LSHSelfAttention", "Linear", "Mechanism", "MultiheadAttention"]

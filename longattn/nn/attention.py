@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..favor import Favor
 from ..ops import _check
 from . import masks
+from .draws import Draws
 from .mechanisms import Exact, Mechanism, resolve
 
 # the largest L x S for which an efficient mechanism forms its weights on request
@@ -82,6 +83,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self._mechanism = mechanism
         for name, module in mechanism.submodules().items():
             self.add_module(name, module)
+            if isinstance(module, Draws):
+                self.register_forward_pre_hook(module.observe)
 
     @property
     def mechanism(self) -> Mechanism:

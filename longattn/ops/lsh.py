@@ -64,7 +64,7 @@ def _whole(op: str, name: str, x, least: int, unit: str = "") -> None:
         _check.fail(op, f"{name} must be a whole number of at least {least}{unit}, got {_check.describe(x)}")
 
 
-def _check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed) -> None:
+def check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed) -> None:
     _whole(op, "n_hashes", n_hashes, 1)
     _whole(op, "chunk_size", chunk_size, 1, " token")
     _whole(op, "look_back", look_back, 0, " chunks")
@@ -175,7 +175,7 @@ def prepare(
     if attn_mask is not None:
         remedy = "pass is_causal, key_padding_mask or cu_seqlens; other masks take longattn.softmax_attention"
         _check.fail(op, f"a dense attn_mask would cost what hashing saves; {remedy}")
-    _check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed)
+    check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed)
     _check_inputs(op, q, k, v, key_padding_mask, cu_seqlens, enable_gqa, is_causal)
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:

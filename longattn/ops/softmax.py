@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference import softmax as reference
-from . import _check, _dispatch
+from . import _check, _dispatch, _tiles
+
+# tokens of a tile on the CPU
+CHUNK = 64
 
 
 class SoftmaxAttentionOutput(NamedTuple):
@@ -85,17 +88,44 @@ def _prepare(
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
-    reasons = {"torch": None, "reference": None}
+    reasons = {"cpu": _refuses_cpu(q, attn_mask), "torch": None, "reference": None}
     chosen = _dispatch.choose(op, impl, reasons)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     explanation = _dispatch.Explanation(op, chosen, reasons)
     return _Call(q, k, v, attn_mask, key_padding_mask, dropout_p, bool(is_causal), scale, enable_gqa, explanation)
 
 
+def _refuses_cpu(q: Tensor, attn_mask: Tensor | None) -> str | None:
+    reason = _dispatch.refuses("cpu", q)
+    return reason or (None if attn_mask is None else "attn_mask runs in torch; causality and key padding run here")
+
+
+def _run_cpu(call: _Call) -> Tensor:
+    # all chunks of keys, or those up to the query's own
+    everything = call.k.shape[2] + call.q.shape[2]
+    seed = int(torch.randint(2**62, (), dtype=torch.int64)) if call.dropout_p > 0 else 0
+    options = _tiles.Options(
+        chunk=CHUNK,
+        look_back=everything,
+        look_ahead=0 if call.is_causal else everything,
+        is_causal=call.is_causal,
+        self_rule=_tiles.SELF_ORDINARY,
+        dedupe=False,
+        wrap=False,
+        scale=call.scale,
+        dropout_p=float(call.dropout_p),
+        seed=seed,
+        impl="cpu",
+    )
+    return _tiles.attend(call.q, call.k, call.v, call.padding, None, None, (None,) * 6, options)
+
+
 def _run(call: _Call) -> Tensor:
     q, k, v, mask, padding, dropout_p, is_causal, scale, enable_gqa, explanation = call
     if explanation.chosen == "reference":
         return _run_reference(call).output
+    if explanation.chosen == "cpu" and dropout_p < 1:
+        return _run_cpu(call)
     if padding is not None:
         # a score of NaN stays NaN when -inf is added, so what padded keys hold must go first
         k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (k, v))
