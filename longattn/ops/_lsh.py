@@ -68,17 +68,20 @@ def draw_rotations(
 
 
 torch.library.define(
-    "longattn::_lsh_rotations", "(Tensor like, int heads, int n_hashes, int dim, int columns, int seed) -> Tensor"
+    "longattn::_lsh_rotations",
+    "(Tensor like, int heads, int n_hashes, int dim, int columns, int seed, Tensor? step=None) -> Tensor",
 )
 
 
 @torch.library.register_fake("longattn::_lsh_rotations")
-def _(like, heads, n_hashes, dim, columns, seed):
+def _(like, heads, n_hashes, dim, columns, seed, step=None):
     return like.new_empty((heads, n_hashes, dim, columns), dtype=torch.float32)
 
 
-def _rotations(like, heads, n_hashes, dim, columns, seed):
-    return draw_rotations(heads, n_hashes, dim, columns, seed=seed, device=like.device)
+def _rotations(like, heads, n_hashes, dim, columns, seed, step=None):
+    # a number that changes would be a new graph each time, so it comes as a tensor, of the CPU
+    step = 0 if step is None else int(step)
+    return draw_rotations(heads, n_hashes, dim, columns, seed=seed, step=step, device=like.device)
 
 
 # hash and sort
