@@ -1,6 +1,22 @@
 """The tile-attention engine as torch ops: exact softmax over the pairs that row orders, chunk ranks and masks allow.
 
-What the tensors and options mean is said by `native/softmax.py`, whose signature every backend shares.
+Every backend (`native/softmax.py`, `kernels/triton/softmax.py`) has one `forward` and one `backward` with these tensors:
+
+    q [B, Hq, L, D], k [B, H, S, D] or None (the keys are the rows of q), v [B, H, S, E], any strides
+    mask          bool [B, S], True = padded: never seen whatever it holds; with k None no query either (0, lse -inf)
+    cu_seqlens    int32 [P+1], packed sequences: chunks restart at each, nothing crosses
+    key_scale     [B, H, S], only with k None: key j is x_j key_scale_j, a unit vector, and its Jacobian that of x / |x|
+    order_q/_k    int32 [B, Hq or H, R, L or S]: which position has a place in round r; None: as they stand, one round
+                  (order_k None beside an order_q: the same)
+    rank_q/_k     int32, alike but by position: the key chunk that holds a key, that a query's chunk is centred on
+    bucket_q/_k   int32, alike: a pair needs equal buckets in its round; None: it does not
+
+and the options below. Query i meets key j in round r if -look_back <= rank_k[r, j] - rank_q[r, i] <= look_ahead, j is
+not padded, j <= i if is_causal, in one sequence, with equal buckets. dedupe counts a key met in several rounds once.
+Score scale q_i.k_j; lse_i is the log-sum-exp over all that i meets, o_i = sum_j exp(s_ij - lse_i) drop_ij v_j. wrap:
+chunks before the first of a round are the last ones of the round before, and so on around. drop_ij is 0 or
+1 / (1 - dropout_p) by a hash of seed, head and positions (`reference/lsh.py`, kept); lse is that before dropout.
+A query that meets no key gets 0. NaN reaches only rows with a weight on it. The same bits on every run.
 """
 
 from __future__ import annotations
