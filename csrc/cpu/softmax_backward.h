@@ -222,7 +222,6 @@ struct TileBackward {
     for (int64_t tile = all.first; tile < all.last; ++tile) {
       bool own_key = own_k.first <= tile && tile < own_k.last;
       Range audience = tiles.audience(head, round, tile);
-      if (!x.wrap) audience.last = std::min(audience.last, q_tiles);
       if (!own_key) audience = {std::max(audience.first, own_q.first), std::min(audience.last, own_q.last)};
       if (audience.first >= audience.last || !load_keys(w, head, round, tile)) continue;
       const Origin<T>& k = w.k_origin;

@@ -19,7 +19,7 @@ struct KeyTile {
 
 template <class T, class A>
 struct QueryRows {
-  Origin<T> origin;
+  Origin<T> origin, own_origin;
   Matrix<T> q, own_q, out;
   Matrix<A> factor;
   T *top, *total;
@@ -42,7 +42,7 @@ struct ForwardScratch {
     int64_t D = padded<T>(x.D), E = padded<T>(x.E), pairs = has_pairs ? padded<T>(round_up(x.D, 2 * width<T>) / 2) : 0;
     tiles = reinterpret_cast<KeyTile<T, A>*>(arena.template take<char>(1, slots * int64_t(sizeof(KeyTile<T, A>))).p);
     for (QueryRows<T, A>& q : queries) {
-      q.origin.take(arena, x.R);
+      q.own_origin.take(arena, x.R);
       q.own_q = arena.take(tile_tokens, D), q.out = arena.take(tile_tokens, E);
       if constexpr (per<A> == 2) q.factor = arena.template take<A>(tile_tokens, pairs);
       for (T** p : {&q.top, &q.total}) *p = arena.take(1, tile_tokens).p;
@@ -86,7 +86,10 @@ struct TileForward {
     int64_t chunks = std::min(x.look_back, keys.chunks) + std::min(x.look_ahead, keys.chunks) + 1;
     return (chunks + 1) * keys.per_chunk;
   }
-  int64_t slots() const { return std::clamp<int64_t>(std::min(slots_of_window(), Tiling(tiles.S, x.chunk).tiles()), 2, most_slots); }
+  int64_t slots() const {
+    int64_t all = x.wrap ? slots_of_window() : Tiling(tiles.S, x.chunk).tiles();
+    return std::clamp<int64_t>(std::min(slots_of_window(), all), 2, most_slots);
+  }
   // heads whose rounds go on side by side, and whose sums wait in memory meanwhile
   int64_t wave() const {
     if (tiles.R == 1) return std::max<int64_t>(tiles.units(), 1);
@@ -115,8 +118,8 @@ struct TileForward {
           Head head = tiles.head(first + task / n);
           int64_t begin = task % n * segment, end = std::min(begin + segment, tiles.query_tiling(head).tiles());
           T* out = needs_sums() ? sums + task / n * tiles.L * tiles.E : nullptr;
-          // where windows are short two tiles share few keys
-          int64_t step = slots_of_window() <= 4 * Worker::block ? 1 : Worker::block;
+          // in an order two tiles share few keys
+          int64_t step = tiles.sorted ? 1 : Worker::block;
           for (int64_t tile = begin; tile < end; tile += step)
             query_tiles(workers[me], head, round, tile, std::min(step, end - tile), out);
         });
@@ -208,11 +211,16 @@ struct TileForward {
 
   void begin(Worker& w, QueryRows<T, A>& q, const Head& head, int64_t round, int64_t tile, T* sums) {
     Origin<T>& from = q.origin;
-    locate(tiles, false, head.b, head.h, head.queries, tiles.query_tiling(head), {round, tile}, tiles.shared, round + 1, from);
-    q.q = q.own_q;
-    // shared: the rows of a tile are queries and keys
-    if (tiles.shared && from.any) q.q = key_tile(w, head, round, tile).rows;
-    else gather(x.q, head.b, head.h, from, tiles.D, q.q, false);
+    if (tiles.shared && windowed()) {
+      // the rows of a tile are queries and keys, and stay while its window is met
+      const KeyTile<T, A>& k = key_tile(w, head, round, tile);
+      from = k.origin, q.q = k.rows;
+    } else {
+      from = q.own_origin, q.q = q.own_q;
+      locate(tiles, false, head.b, head.h, head.queries, tiles.query_tiling(head), {round, tile}, tiles.shared,
+             round + 1, from);
+      gather(x.q, head.b, head.h, from, tiles.D, q.q, false);
+    }
     if constexpr (per<A> == 2) pair_along(from.rows, tiles.D, q.q, q.factor);
     for (int64_t i = 0; i < from.rows; ++i) {
       q.top[i] = round ? of(y.top, head, from.position[i]) : nothing<T>;
@@ -316,10 +324,9 @@ struct TileForward {
       }
       total = total * old_share + share, top = now;
     }
-    T inverse = total == 0 ? T(0) : 1 / total;
-    for (int64_t e = 0; e < tiles.E; e += width<T>) store(out + e, load(out + e) * inverse);
     bool hidden = tiles.shared && !q.origin.valid[i];
     if (hidden) std::fill(out, out + padded<T>(tiles.E), T(0));
+    else scale_row(out, tiles.E, total == 0 ? T(0) : 1 / total);
     of(y.lse, head, at) = hidden || fell_back || total == 0 ? nothing<T> : top + std::log(total);
     with_type(y.out.dtype, [&](auto type) {
       using To = decltype(type);

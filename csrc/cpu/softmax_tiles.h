@@ -51,6 +51,16 @@ void locate(const Tiles& x, bool keys, int64_t b, int64_t h, const Sequence& seq
     }
 }
 
+template <class T>
+void mark_bad(Origin<T>& origin, int64_t n, Matrix<T> rows, bool clear) {
+  for (int64_t i = 0; i < origin.rows; ++i) {
+    T* row = rows.row(i);
+    if (std::all_of(row, row + n, [](T x) { return std::isfinite(x); })) continue;
+    origin.bad[i] = origin.any_bad = true;
+    if (clear) std::fill(row, row + padded<T>(n), T(0));
+  }
+}
+
 // rows of a tensor [B, heads, length, n], zero past n and where not valid. With `clear` rows that are not finite are 0
 // as well; they are marked either way.
 template <class T>
@@ -59,19 +69,16 @@ void gather(const View& from, int64_t b, int64_t h, Origin<T>& origin, int64_t n
     using From = decltype(type);
     if constexpr ((sizeof(T) == 8) == (sizeof(From) == 8)) {
       const From* base = from.as<From>() + b * from.stride[0] + h * from.stride[1];
+      int64_t step = from.stride[2], stride = from.stride[3];
+      V<T> zero{};
       for (int64_t i = 0; i < origin.rows; ++i) {
         T* row = to.row(i);
-        if (!origin.valid[i]) {
-          std::fill(row, row + padded<T>(n), T(0));
-          continue;
-        }
-        load_row(base + origin.position[i] * from.stride[2], from.stride[3], n, row);
-        V<T> zero{};
-        for (int64_t d = 0; d < n; d += width<T>) zero += load(row + d) * T(0);
-        if (sum<T>(zero) == T(0)) continue;
-        origin.bad[i] = origin.any_bad = true;
-        if (clear) std::fill(row, row + padded<T>(n), T(0));
+        if (origin.valid[i]) load_row(base + origin.position[i] * step, stride, n, row);
+        else std::fill(row, row + padded<T>(n), T(0));
+        for (int64_t d = 0; d < n; d += width<T>) zero = fma(load(row + d), V<T>{}, zero);
       }
+      // hardly ever
+      if (sum<T>(zero) != T(0)) mark_bad(origin, n, to, clear);
     }
   });
 }

@@ -85,8 +85,9 @@ struct Tiles {
     Tiling keys = key_tiling(head);
     int64_t u = centre(head, round, tile / keys.per_chunk);
     int64_t first = u - x.look_back, last = u + x.look_ahead + 1;
-    if (!x.wrap) first = std::clamp<int64_t>(first, 0, keys.chunks), last = std::clamp<int64_t>(last, first, keys.chunks);
-    return {first * keys.per_chunk, last * keys.per_chunk};
+    if (x.wrap) return {first * keys.per_chunk, last * keys.per_chunk};
+    first = std::clamp<int64_t>(first, 0, keys.chunks), last = std::clamp<int64_t>(last, first, keys.chunks);
+    return {first * keys.per_chunk, std::min(last * keys.per_chunk, keys.tiles())};
   }
   // the query tiles that see a key tile
   Range audience(const Head& head, int64_t round, int64_t tile) const {
@@ -98,7 +99,8 @@ struct Tiles {
     } else if (!x.wrap) {
       first = std::clamp<int64_t>(first, 0, queries.chunks), last = std::clamp<int64_t>(last, first, queries.chunks);
     }
-    return {first * queries.per_chunk, last * queries.per_chunk};
+    last *= queries.per_chunk;
+    return {first * queries.per_chunk, x.wrap ? last : std::min(last, queries.tiles())};
   }
   Place place(int64_t round, int64_t tile, const Tiling& tiling) const {
     int64_t all = tiling.chunks * tiling.per_chunk;
