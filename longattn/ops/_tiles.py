@@ -1,6 +1,6 @@
 """The tile-attention engine as torch ops: exact softmax over the pairs that row orders, chunk ranks and masks allow.
 
-Every backend (`native/softmax.py`, `kernels/triton/softmax.py`) has one `forward` and one `backward` with these tensors:
+Every backend (`native/softmax.py`, `kernels/triton/softmax.py`) has a `forward` and a `backward` of these tensors:
 
     q [B, Hq, L, D], k [B, H, S, D] or None (the keys are the rows of q), v [B, H, S, E], any strides
     mask          bool [B, S], True = padded: never seen whatever it holds; with k None no query either (0, lse -inf)
