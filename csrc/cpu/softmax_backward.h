@@ -213,24 +213,31 @@ struct TileBackward {
     Range own_k = tiles.shared ? own_q : share_of_rows(k_tiles, part, parts);
     for (int64_t t = own_q.first; t < own_q.last; ++t) w.own[t - own_q.first].loaded = false;
     Range all = own_k;
-    if (own_q.first < own_q.last) {
-      Range low = tiles.window(head, round, own_q.first), high = tiles.window(head, round, own_q.last - 1);
-      if (all.first == all.last) all = low;
-      all.first = std::min(all.first, low.first), all.last = std::max(all.last, high.last);
+    for (int64_t t = own_q.first; t < own_q.last; ++t) {
+      Range seen = tiles.window(head, round, t);
+      if (seen.first >= seen.last) continue;
+      if (all.first >= all.last) all = seen;
+      all = {std::min(all.first, seen.first), std::max(all.last, seen.last)};
     }
     Dropout<T> dropout(x, head.b * tiles.Hq + head.h);
     for (int64_t tile = all.first; tile < all.last; ++tile) {
       bool own_key = own_k.first <= tile && tile < own_k.last;
-      Range audience = tiles.audience(head, round, tile);
-      if (!own_key) audience = {std::max(audience.first, own_q.first), std::min(audience.last, own_q.last)};
-      if (audience.first >= audience.last || !load_keys(w, head, round, tile)) continue;
-      const Origin<T>& k = w.k_origin;
-      for (int64_t t = audience.first; t < audience.last; ++t) {
-        bool own_query = own_q.first <= t && t < own_q.last;
-        QueryTile<T>& q = own_query ? w.own[t - own_q.first] : w.guest;
-        if (!own_query || !q.loaded) load_queries(q, head, round, t);
-        if (q.origin.any) meet(w, round, q, dropout, own_query, own_key);
+      bool loaded = false;
+      for (int run = 0; run < Tiles::runs; ++run) {
+        Range audience = tiles.audience(head, round, tile, run);
+        if (!own_key) audience = {std::max(audience.first, own_q.first), std::min(audience.last, own_q.last)};
+        if (audience.first >= audience.last) continue;
+        if (!loaded && !load_keys(w, head, round, tile)) break;
+        loaded = true;
+        for (int64_t t = audience.first; t < audience.last; ++t) {
+          bool own_query = own_q.first <= t && t < own_q.last;
+          QueryTile<T>& q = own_query ? w.own[t - own_q.first] : w.guest;
+          if (!own_query || !q.loaded) load_queries(q, head, round, t);
+          if (q.origin.any) meet(w, round, q, dropout, own_query, own_key);
+        }
       }
+      if (!loaded) continue;
+      const Origin<T>& k = w.k_origin;
       if (!own_key) continue;
       for (int64_t j = 0; j < k.rows; ++j)
         if (k.valid[j]) add_key(w, j, sums);

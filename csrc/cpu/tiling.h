@@ -89,18 +89,26 @@ struct Tiles {
     first = std::clamp<int64_t>(first, 0, keys.chunks), last = std::clamp<int64_t>(last, first, keys.chunks);
     return {first * keys.per_chunk, std::min(last * keys.per_chunk, keys.tiles())};
   }
-  // the query tiles that see a key tile
-  Range audience(const Head& head, int64_t round, int64_t tile) const {
+  // the query tiles that see a key tile, in two runs: padded positions are sorted behind the others, and in each of the
+  // two the centres never decrease
+  static constexpr int runs = 2;
+  Range audience(const Head& head, int64_t round, int64_t tile, int run) const {
     Tiling queries = query_tiling(head);
-    int64_t chunk = (tile + tile_shift(queries)) / queries.per_chunk - queries.chunks, first = chunk - x.look_ahead, last = chunk + x.look_back + 1;
+    int64_t chunk = (tile + shift(queries)) / queries.per_chunk - queries.chunks;
+    Range seen{chunk - x.look_ahead, chunk + x.look_back + 1};
     if (separate) {
-      // centres never decrease
-      first = first_centred(head, round, queries.chunks, first), last = first_centred(head, round, queries.chunks, last);
+      Range all{run ? first_padded(head, round, queries.chunks) : 0, queries.chunks};
+      if (!run) all.last = first_padded(head, round, queries.chunks);
+      auto centred = [&](int64_t least) { return first_of(all, [&](int64_t t) { return centre(head, round, t) >= least; }); };
+      seen = {centred(seen.first), centred(seen.last)};
+    } else if (run) {
+      return {0, 0};
     } else if (!x.wrap) {
-      first = std::clamp<int64_t>(first, 0, queries.chunks), last = std::clamp<int64_t>(last, first, queries.chunks);
+      seen.first = std::clamp<int64_t>(seen.first, 0, queries.chunks);
+      seen.last = std::clamp<int64_t>(seen.last, seen.first, queries.chunks);
     }
-    last *= queries.per_chunk;
-    return {first * queries.per_chunk, x.wrap ? last : std::min(last, queries.tiles())};
+    int64_t last = seen.last * queries.per_chunk;
+    return {seen.first * queries.per_chunk, x.wrap ? last : std::min(last, queries.tiles())};
   }
   Place place(int64_t round, int64_t tile, const Tiling& tiling) const {
     int64_t all = tiling.chunks * tiling.per_chunk;
@@ -111,15 +119,23 @@ struct Tiles {
 
  private:
   // tiles before the first have negative numbers, which division would round up
-  static int64_t tile_shift(const Tiling& tiling) { return tiling.chunks * tiling.per_chunk; }
-  int64_t first_centred(const Head& head, int64_t round, int64_t chunks, int64_t at_least) const {
-    int64_t low = 0, high = chunks;
-    while (low < high) {
-      int64_t middle = (low + high) / 2;
-      if (centre(head, round, middle) < at_least) low = middle + 1;
-      else high = middle;
+  static int64_t shift(const Tiling& tiling) { return tiling.chunks * tiling.per_chunk; }
+  template <class F>
+  static int64_t first_of(Range among, F&& holds) {
+    while (among.first < among.last) {
+      int64_t middle = (among.first + among.last) / 2;
+      if (holds(middle)) among.last = middle;
+      else among.first = middle + 1;
     }
-    return low;
+    return among.first;
+  }
+  // the first chunk that starts with a padded query
+  int64_t first_padded(const Head& head, int64_t round, int64_t chunks) const {
+    if (!x.mask || L != S) return chunks;
+    return first_of({0, chunks}, [&](int64_t chunk) {
+      int64_t at = std::clamp<int64_t>(Tiles::at(x.order_q, head.b, head.h, round, head.queries.start + chunk * x.chunk), 0, L - 1);
+      return x.mask.as<bool>()[head.b * x.mask.stride[0] + at * x.mask.stride[1]];
+    });
   }
 
   void check() const {
