@@ -30,6 +30,13 @@ FAVOR_CASES = {
     100: ("bfloat16,64,64,causal,state,positive,256,estimated",),
 }
 
+# tile attention: LSH of one set of rows or of two, or dense; the hash rides with the first
+SOFTMAX_CASES = {
+    80: ("bfloat16,64,64,causal,shared",),
+    90: ("bfloat16,64,64,causal,shared", "bfloat16,128,128,causal,shared", "float32,64,64,causal,shared"),
+    100: ("bfloat16,64,64,causal,shared",),
+}
+
 
 def compile_cases(capability: int, cases: tuple[str, ...]) -> str:
     pytest.importorskip("triton")
@@ -50,6 +57,13 @@ def test_triton_kernels_compile_without_spills(capability):
 def test_favor_kernels_compile_without_spills(capability):
     compiled = compile_cases(capability, FAVOR_CASES[capability])
     for kernel in ("rows_kernel", "totals_kernel", "scan_kernel", "weight_kernel", "values_kernel", "points_kernel"):
+        assert kernel in compiled
+
+
+@pytest.mark.parametrize("capability", SOFTMAX_CASES)
+def test_tile_attention_compiles_without_spills(capability):
+    compiled = compile_cases(capability, SOFTMAX_CASES[capability])
+    for kernel in ("flags_kernel", "forward_kernel", "delta_kernel", "gradient_kernel", "hash_kernel"):
         assert kernel in compiled
 
 

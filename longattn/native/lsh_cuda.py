@@ -11,7 +11,7 @@ from . import extension, view
 
 
 def sort(keys: Tensor, n_keys: int, cu_seqlens: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
-    """keys `[B, H, R, N]` int32 -> positions by key within each sequence, ties by position; the chunk of each position."""
+    """keys `[B, H, R, N]` int32 -> positions by key within each sequence, ties by position; the chunk of each."""
     keys = keys.contiguous()
     order, rank = torch.empty_like(keys), torch.empty_like(keys)
     sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
