@@ -14,7 +14,7 @@ from longattn.ops.softmax import softmax_attention_with_weights
 from longattn.reference import softmax as reference
 from longattn.testing.assertions import assert_same_bits
 
-IMPLS = ("torch", "reference")
+IMPLS = ("cpu", "torch", "reference")
 # (B, Hq, H, L, S, D, E)
 SHAPES = [(2, 2, 2, 7, 7, 8, 8), (2, 4, 2, 9, 5, 3, 5), (1, 3, 1, 4, 11, 9, 2), (2, 1, 1, 1, 1, 1, 1)]
 EMPTY = [(0, 2, 2, 3, 3, 4, 4), (2, 2, 2, 0, 3, 4, 4), (2, 2, 2, 3, 0, 4, 4), (2, 2, 1, 3, 0, 4, 5)]
@@ -45,6 +45,11 @@ def draw_mask(kind, shape, seed=0):
     return None
 
 
+def skip_masks(impl, mask):
+    if impl == "cpu" and mask not in ("", "causal"):
+        pytest.skip("attn_mask runs in torch")
+
+
 def outputs(q, k, v, *args, **kwargs):
     """Output and gradients."""
     out = softmax_attention(q, k, v, *args, **kwargs)
@@ -61,6 +66,7 @@ def assert_all_close(actual, expected, tolerance=1e-12):
 @pytest.mark.parametrize("mask", ["", "causal", "bool [L, S]", "float [B, Hq, L, S]"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_scaled_dot_product_attention(shape, mask, impl):
+    skip_masks(impl, mask)
     q, k, v = draw(shape)
     arguments = (draw_mask(mask, shape), 0.0, mask == "causal")
     for scale in (None, 0.3):
@@ -103,14 +109,14 @@ def test_padding_costs_torchs_kernel_no_accuracy(mask, dtype):
     padding[0, 100:] = False
     arguments = {"attn_mask": attn_mask, "is_causal": mask == "causal", "enable_gqa": True}
     exact = outputs(*(x.detach().double().requires_grad_() for x in (q, k, v)), key_padding_mask=padding, **arguments)
-    actual = outputs(q, k, v, key_padding_mask=padding, **arguments)
+    actual = outputs(q, k, v, key_padding_mask=padding, **arguments, impl="torch")
 
     attn_mask = torch.ones(130, 130, dtype=torch.bool).tril() if mask == "causal" else attn_mask
     if attn_mask.dtype == torch.bool:
         merged = attn_mask & ~padding[:, None, None]
     else:
         merged = attn_mask.to(dtype).masked_fill(padding[:, None, None], -torch.inf)
-    torchs = outputs(q, k, v, merged, enable_gqa=True)
+    torchs = outputs(q, k, v, merged, enable_gqa=True, impl="torch")
     for name, x, y, oracle in zip(("output", "dq", "dk", "dv"), actual, torchs, exact, strict=True):
         error, limit = ((z.double() - oracle).abs().max() for z in (x, y))
         assert 0 < error <= 1.02 * limit, name
@@ -138,6 +144,8 @@ def test_query_that_sees_no_key_gives_zero_and_passes_no_gradient(dtype, dropout
         ({"key_padding_mask": leading, "attn_mask": infinite}, [2]),
     ]
     for arguments, blind in cases:
+        if impl == "cpu" and "attn_mask" in arguments:
+            continue
         out, dq, dk, dv = outputs(q, k, v, **arguments, dropout_p=dropout_p, impl=impl)
         for x in (out, dq):
             assert (x[0, :, list(blind)] == 0).all(), arguments.keys()
@@ -149,6 +157,7 @@ def test_query_that_sees_no_key_gives_zero_and_passes_no_gradient(dtype, dropout
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("mask", ["", "causal", "bool [L, S]", "float [B, Hq, L, S]"])
 def test_what_padded_keys_hold_changes_no_bit(mask, poison, impl):
+    skip_masks(impl, mask)
     shape = (2, 2, 1, 9, 9, 5, 6)
     q, k, v = draw(shape, torch.float32)
     padding = draw_padding(shape, seed=2)
@@ -168,31 +177,33 @@ def test_what_padded_keys_hold_changes_no_bit(mask, poison, impl):
         assert (x.masked_select(padding[:, None, :, None]) == 0).all()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_future_keys_do_not_change_past_outputs(dtype, padded):
+def test_future_keys_do_not_change_past_outputs(dtype, padded, impl):
     L = 600  # beyond one block of torch's kernel
     q, k, v = (x.detach() for x in draw((1, 2, 2, L, L, 8, 8), dtype))
     padding = torch.arange(L)[None] % 7 == 3 if padded else None
-    expected = softmax_attention(q, k, v, is_causal=True, key_padding_mask=padding)
+    expected = softmax_attention(q, k, v, is_causal=True, key_padding_mask=padding, impl=impl)
     for cut in (1, 63, 511, 599):
         k2, v2 = k.clone(), v.clone()
         k2[:, :, cut:], v2[:, :, cut:] = 1e3, -1e4
-        actual = softmax_attention(q, k2, v2, is_causal=True, key_padding_mask=padding)
+        actual = softmax_attention(q, k2, v2, is_causal=True, key_padding_mask=padding, impl=impl)
         assert_same_bits(f"cut {cut}", actual[:, :, :cut], expected[:, :, :cut])
         assert (actual[:, :, cut:] != expected[:, :, cut:]).any()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_padding_equals_leaving_the_keys_out(is_causal):
-    # many blocks of torch's kernel that hold padded keys only, before and after the valid ones
+def test_padding_equals_leaving_the_keys_out(is_causal, impl):
+    # many blocks of a kernel that hold padded keys only, before and after the valid ones
     L, start, stop = 1300, 700, 1250
     q, k, v = draw((1, 2, 2, L, L, 8, 8))
     padding = (torch.arange(L) < start) | (torch.arange(L) >= stop)
-    padded = softmax_attention(q, k, v, is_causal=is_causal, key_padding_mask=padding[None])
+    padded = softmax_attention(q, k, v, is_causal=is_causal, key_padding_mask=padding[None], impl=impl)
     kept = (x[:, :, start:stop] for x in (k, v))
     queries = q[:, :, start:stop] if is_causal else q
-    short = softmax_attention(queries, *kept, is_causal=is_causal)
+    short = softmax_attention(queries, *kept, is_causal=is_causal, impl=impl)
     torch.testing.assert_close(padded[:, :, start:stop] if is_causal else padded, short, rtol=1e-12, atol=1e-12)
 
 
@@ -226,8 +237,9 @@ class Watch(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
 @pytest.mark.parametrize("arguments", ["", "causal", "padding", "causal padding", "gqa", "narrow values", "strides"])
-def test_neither_forward_nor_backward_forms_the_scores(arguments):
+def test_neither_forward_nor_backward_forms_the_scores(arguments, impl):
     L, D = 512, 16
     H, E = (1 if "gqa" in arguments else 4), (D - 6 if "narrow" in arguments else D)
     q, k, v = draw((1, 4, H, L, L, D, E), torch.float32)
@@ -236,17 +248,18 @@ def test_neither_forward_nor_backward_forms_the_scores(arguments):
     padding = torch.arange(L)[None] % 5 == 0 if "padding" in arguments else None
     with Watch() as watch:
         out = softmax_attention(
-            q, k, v, is_causal="causal" in arguments, key_padding_mask=padding, enable_gqa="gqa" in arguments
+            q, k, v, None, 0.0, "causal" in arguments, None, "gqa" in arguments, key_padding_mask=padding, impl=impl
         )
         out.sum().backward()
-    assert "_scaled_dot_product_flash_attention_for_cpu" in watch.names
+    ran = {"cpu": "_softmax_backward", "torch": "_scaled_dot_product_flash_attention_for_cpu"}
+    assert ran[impl] in watch.names
     assert watch.largest <= 4 * L * (D + 8) < L * L
 
 
 def test_fused_kernel_reads_shared_keys_unrepeated():
     q, k, v = (x.detach() for x in draw((1, 8, 2, 64, 64, 8, 8), torch.float32))
     with Watch() as watch:
-        shared = softmax_attention(q, k, v, enable_gqa=True)
+        shared = softmax_attention(q, k, v, enable_gqa=True, impl="torch")
     assert watch.names == {"_scaled_dot_product_flash_attention_for_cpu"} | (watch.names & {"slice", "alias"})
     repeated = softmax_attention(q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1))
     torch.testing.assert_close(shared, repeated)
@@ -372,8 +385,12 @@ def test_explain_names_the_engine_and_computes_nothing():
     with Watch() as watch:
         explanation = longattn.explain(softmax_attention, query=q, key=k, value=v, is_causal=True)
     assert explanation.chosen == "torch"
-    assert explanation.reasons == {"torch": None, "reference": None}
+    assert explanation.reasons == {"torch": None, "cpu": None, "reference": None}
     assert not watch.names
+    long = [x.expand(1, 2, 64, 3) for x in (q[:, :, :1], k[:, :, :1], v[:, :, :1])]
+    assert longattn.explain(softmax_attention, *long).chosen == "cpu"
+    assert longattn.explain(softmax_attention, *long, dropout_p=0.1).chosen == "torch"
+    assert longattn.explain(softmax_attention, *long, torch.zeros(64, 64)).chosen == "torch"
     with pytest.raises(ValueError, match=r"^softmax_attention: query has 2 heads and key has 1; "):
         longattn.explain(softmax_attention, q, k[:, :1], v[:, :1])
 
@@ -407,7 +424,12 @@ GOOD = {name: torch.zeros(2, 2, 3, 4) for name in ("query", "key", "value")}
         ({"dropout_p": float("nan")}, ValueError, "dropout_p must be a probability"),
         ({"dropout_p": "0.1"}, ValueError, "dropout_p must be a probability"),
         ({"scale": float("inf")}, ValueError, "scale must be a finite number or None, got float inf"),
-        ({"impl": "cpu"}, ValueError, "impl must be 'auto' or one of 'torch', 'reference', got 'cpu'"),
+        ({"impl": "triton"}, ValueError, "impl must be 'auto' or one of 'cpu', 'torch', 'reference', got 'triton'"),
+        (
+            {"impl": "cpu", "attn_mask": torch.zeros(3, 3)},
+            ValueError,
+            "impl='cpu' cannot run this call: attn_mask runs in torch; causality and key padding run here",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(change, error, sentence):

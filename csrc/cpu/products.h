@@ -1,4 +1,5 @@
-// Products of matrices of a tile's size: every sum runs over the depth in order, with one accumulator.
+// Products of matrices of a tile's size. Every sum runs over the depth in order, from 0 before it joins what is there:
+// errors then grow with the number of tiles and not of tokens.
 #pragma once
 #include "matrix.h"
 
@@ -9,9 +10,9 @@ template <class T, class A>
 void multiply(int64_t rows, int64_t depth, Matrix<A> a, Matrix<A> b, int64_t columns, Matrix<T> y, bool add) {
   for_tiles<T>(rows, padded<T>(columns), [&](auto R, auto N, int64_t row, int64_t column) {
     Tile<T, R, N> tile;
-    if (add) tile.load_from(y.row(row) + column, y.ld);
-    else tile.zero();
+    tile.zero();
     tile.multiply_add(a.row(row), a.ld, b.p + column, b.ld, depth);
+    if (add) tile.add(y.row(row) + column, y.ld);
     tile.store_to(y.row(row) + column, y.ld);
   });
 }
@@ -21,8 +22,9 @@ template <class T, class A>
 void multiply_transposed(int64_t rows, int64_t depth, Matrix<A> a, Matrix<A> b, int64_t columns, Matrix<T> y) {
   for_tiles<T>(rows, padded<T>(columns), [&](auto R, auto N, int64_t row, int64_t column) {
     Tile<T, R, N> tile;
-    tile.load_from(y.row(row) + column, y.ld);
+    tile.zero();
     tile.multiply_add_transposed(a.p + row, a.ld, b.p + column, b.ld, depth);
+    tile.add(y.row(row) + column, y.ld);
     tile.store_to(y.row(row) + column, y.ld);
   });
 }

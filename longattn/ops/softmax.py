@@ -89,6 +89,9 @@ def _prepare(
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
     reasons = {"cpu": _refuses_cpu(q, attn_mask), "torch": None, "reference": None}
+    if impl == "auto" and (dropout_p > 0 or q.shape[2] < CHUNK):
+        # torch's dropout draws torch's numbers, and its kernel is ahead for a few queries
+        reasons = {name: reasons[name] for name in ("torch", "cpu", "reference")}
     chosen = _dispatch.choose(op, impl, reasons)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     explanation = _dispatch.Explanation(op, chosen, reasons)
