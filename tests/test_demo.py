@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longattn.cli import _compare, _measure, _text, _train, _units, demo
+from longattn.cli import _compare, _measure, _show, _text, _train, _units, demo
 from longattn.cli._compare import BreakEven, Point, Shape
 from longattn.cli.main import main
 from longattn.models import ByteLM
@@ -108,7 +108,7 @@ def all_points(**limits):
 
 def test_points_beyond_the_time_limit_are_predicted_and_say_so(measured):
     found = all_points(limit_s=0.5, memory=10**9)
-    assert len(found) == 15
+    assert len(found) == 20
     assert [(p.mechanism, p.length) for p in found if p.measured] == measured
     exact = {p.length: p for p in found if p.mechanism == "exact"}
     # 3 n^2 microseconds reach 0.5 s between 400 and 800
@@ -312,7 +312,7 @@ def test_plain_output_tells_the_whole_story(sample, tmp_path, capsys):
     assert main(["demo", *arguments]) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    for part in ("(the line to beat)", "faster than exact", "step    2", "held out", "picture: "):
+    for part in ("(the line to beat)", "faster than exact", "lsh, recall at", "step    2", "held out", "picture: "):
         assert part in output.out
     assert (tmp_path / demo.PICTURE).read_bytes().startswith(b"\x89PNG")
 
@@ -334,12 +334,16 @@ def test_json_document(sample, tmp_path):
         (name, n) for n in (128, 256) for name in _compare.MECHANISMS
     ]
     assert all(p["measured"] and p["forward_s"] > 0 and p["training_s"] > 0 for p in points)
-    # the three gradients and the output at least
-    assert all(p["training_bytes"] > 3 * 4 * 512 * p["length"] for p in points)
+    # the output and a gradient of each input at least; queries of LSH are its keys
+    tensors = {"lsh": 2.5}
+    assert all(p["training_bytes"] > tensors.get(p["mechanism"], 3) * 4 * 512 * p["length"] for p in points)
     assert set(document["comparison"]["break_even"]["linear"]) == {"forward", "training"}
     errors = {p["mechanism"]: p["error"] for p in points if p["length"] == 256}
     assert errors["exact"] is errors["linear"] is None
     assert 0 < errors["favor"] < 1
+    recalls = {p["mechanism"]: (p["recall"], p["unrelated_recall"]) for p in points if p["length"] == 256}
+    assert [name for name, found in recalls.items() if found != (None, None)] == ["lsh"]
+    assert 0 < recalls["lsh"][1] <= recalls["lsh"][0] <= 1 + 1e-6
     training = document["training"]
     assert [step["step"] for step in training["steps"]] == [1, 2]
     assert training["result"]["steps"] == 2
@@ -347,6 +351,29 @@ def test_json_document(sample, tmp_path):
     assert training["exact_attention_of_one_layer"]["measured"] is True
     assert document["picture"] == str(picture)
     assert "<svg" in picture.read_text()
+
+
+def test_recall_is_of_clusters_at_affordable_lengths_and_said_for_the_longest():
+    shape = Shape(2, 64)
+    rows = _compare.clusters(1024, shape, seed=0)
+    assert rows.shape == (1, 2, 1024, 64)
+    assert rows.var().item() == pytest.approx(1, rel=0.05)
+    # the nearest other row is one of the same cluster
+    near = torch.nn.functional.normalize(rows, dim=-1)
+    assert (near @ near.mT - torch.eye(1024)).amax(-1).mean() > 0.85
+    recall, unrelated = _compare._recalls("lsh", 1024, shape, 0)
+    assert 0.8 < recall < 1 + 1e-6
+    assert unrelated < recall
+    assert _compare._recalls("lsh", 2 * _compare.RECALL_LENGTH, shape, 0) == (None, None)
+    assert _compare._recalls("favor", 1024, shape, 0) == (None, None)
+    costs = (0.1, 1, 0.3, 2, None)
+    points = [
+        Point("lsh", n, True, *costs, *found) for n, found in ((512, (0.9, 0.5)), (1024, (recall, 0.25)), (4096, ()))
+    ]
+    assert _show.recall_sentence(points).startswith(
+        f"lsh, recall at 1,024 tokens: {100 * recall:.0f} % in clusters of 64, 25 %"
+    )
+    assert _show.recall_sentence(points[2:]) is None
 
 
 def test_interruption_keeps_what_was_measured_and_leaves_nothing_running(sample, tmp_path):
@@ -366,7 +393,7 @@ def test_interruption_keeps_what_was_measured_and_leaves_nothing_running(sample,
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     last = err.splitlines()[-1]
-    assert last.startswith("longattn demo: interrupted; kept 3 of the points and ")
+    assert last.startswith("longattn demo: interrupted; kept 4 of the points and ")
     assert "Traceback" not in err
     document = json.loads(out)
     assert document["ended"] == "interrupted"

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from ..favor import Favor
+from ..lsh import lsh_recall
 from ..ops.linear import linear_attention
+from ..ops.lsh import lsh_attention
 from ..ops.softmax import softmax_attention
 from . import _measure
 
 
 class Mechanism(NamedTuple):
-    """attend(q, k, v) on `[B, H, L, D]`, the power of the length by which its time grows, and whether it is meant to
-    give what exact attention gives."""
+    """attend(q, k, v) on `[B, H, L, D]`, the power of the length by which its time grows, whether it is meant to give
+    what exact attention gives, and whether it looks for the keys that matter, so that there is a recall."""
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     power: int
     estimates: bool = False
+    looks: bool = False
 
 
 @functools.cache
@@ -35,11 +38,17 @@ def _attend_favor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return linear_attention(q, k, v, feature_map=_favor(q.shape[3]), is_causal=True)
 
 
+def _attend_lsh(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # the Reformer's: queries are keys too, so k is left unread
+    return lsh_attention(q, None, v, is_causal=True)
+
+
 # the first is what the others are held against; a new mechanism is one line
 MECHANISMS = {
-    "exact": Mechanism(functools.partial(softmax_attention, is_causal=True), 2),
+    "exact": Mechanism(functools.partial(softmax_attention, is_causal=True, impl="torch"), 2),
     "linear": Mechanism(functools.partial(linear_attention, is_causal=True), 1),
     "favor": Mechanism(_attend_favor, 1, estimates=True),
+    "lsh": Mechanism(_attend_lsh, 1, looks=True),
 }
 EXACT = "exact"
 FEATURES = 256
@@ -47,6 +56,10 @@ FEATURES = 256
 DEVIATION = 0.4
 # the error is that of the last queries, which see all keys
 JUDGED = 64
+# recall compares all pairs: up to this length, of so many heads as keep the pairs this few
+RECALL_LENGTH, RECALL_PAIRS = 2048, 1 << 22
+# tokens that look for each other, and how far they are from what they have in common, which is of unit variance
+CLUSTER, SPREAD = 64, 0.25
 
 
 class Shape(NamedTuple):
@@ -72,6 +85,8 @@ class Point:
     training_s: float
     training_bytes: int
     error: float | None = None
+    recall: float | None = None
+    unrelated_recall: float | None = None
 
 
 def lengths(longest: int, shortest: int = 128) -> list[int]:
@@ -99,13 +114,14 @@ def measure_attention(mechanism: str, length: int, shape: Shape, threads: int, s
     def training(n: int | None = None) -> tuple[Tensor, ...]:
         inputs = [x[:, :, :n].detach().requires_grad_() for x in (q, k, v)]
         output = attend(*inputs)
-        return output, *torch.autograd.grad(output, inputs, grad[:, :, :n])
+        # a mechanism of shared queries and keys has no gradient of k
+        return output, *torch.autograd.grad(output, inputs, grad[:, :, :n], allow_unused=True)
 
     # libraries load and threads start on the first call, which is no cost of the mechanism
     for warm in (forward, training):
         warm(min(length, 128))
     costs = *_measure.sample(forward), *_measure.sample(training)
-    yield Point(mechanism, length, True, *costs, _error(mechanism, q, k, v))
+    yield Point(mechanism, length, True, *costs, _error(mechanism, q, k, v), *_recalls(mechanism, length, shape, seed))
 
 
 def _error(mechanism: str, q: Tensor, k: Tensor, v: Tensor) -> float | None:
@@ -118,6 +134,26 @@ def _error(mechanism: str, q: Tensor, k: Tensor, v: Tensor) -> float | None:
         scores = (q[:, :, -rows:] @ k.mT / q.shape[3] ** 0.5).masked_fill(hidden, -math.inf)
         exact = scores.softmax(-1) @ v
         return ((output - exact).norm() / exact.norm()).item()
+
+
+def clusters(length: int, shape: Shape, seed: int) -> Tensor:
+    """Rows `[1, H, length, D]` of unit variance, each near one of length / CLUSTER centres, in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    count, size = -(-length // CLUSTER), (shape.heads, length, shape.head_dim)
+    centres = torch.randn(shape.heads, count, shape.head_dim, generator=generator)
+    member = torch.randint(count, (length,), generator=generator)
+    rows = centres[:, member] + SPREAD * torch.randn(size, generator=generator)
+    return rows[None] / math.sqrt(1 + SPREAD**2)
+
+
+def _recalls(mechanism: str, length: int, shape: Shape, seed: int) -> tuple[float | None, float | None]:
+    """Of all rounds, mean over heads: among rows in clusters, and among unrelated ones."""
+    if not MECHANISMS[mechanism].looks or length > RECALL_LENGTH:
+        return None, None
+    shape = shape._replace(heads=max(1, min(shape.heads, RECALL_PAIRS // length**2)))
+    unrelated = torch.randn(1, shape.heads, length, shape.head_dim, generator=torch.Generator().manual_seed(seed))
+    rows = (clusters(length, shape, seed), unrelated)
+    return tuple(lsh_recall(x, is_causal=True)[..., -1].mean().item() for x in rows)
 
 
 def predict(last: Point, length: int) -> Point:

@@ -45,7 +45,9 @@ def _curves(axis, points: Sequence[Point], field: str) -> None:
         # the dashed part starts at the point it was predicted from
         predicted = measured[-1:] + [p for p in own if not p.measured]
         label = "exact (torch)" if name == EXACT else name
-        _draw(axis, measured, field, color=color, marker="o", label=label)
+        found = [p for p in own if p.recall is not None]
+        note = f" (recall {100 * found[-1].recall:.0f} % at {_short(found[-1].length)})" if found else ""
+        _draw(axis, measured, field, color=color, marker="o", label=label + note)
         if len(predicted) > 1:
             _draw(axis, predicted, field, color=color, marker="o", mfc="white", ls="--", zorder=1)
             axis.plot([], [], color=color, marker="o", mfc="white", ls="--", label=f"{label}, predicted")

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import _measure
-from ._compare import DEVIATION, EXACT, BreakEven, Point, Shape, break_evens, scores_bytes
+from ._compare import CLUSTER, DEVIATION, EXACT, BreakEven, Point, Shape, break_evens, scores_bytes
 from ._train import Step
 from ._units import digits, seconds, size
 
@@ -25,11 +25,15 @@ def table(points: Sequence[Point], shape: Shape) -> Table:
     notes = [
         "Memory: beyond the inputs. Speed-up: of forward and backward.",
         f"Error: of the last queries against exact; queries and keys have a standard deviation of {DEVIATION}.",
+        f"Recall: share of exact attention's mass found, of rows in clusters of {CLUSTER}.",
     ]
     if not all(point.measured for point in points):
         notes.insert(0, f"{PREDICTED} not measured: predicted from the longest measured length.")
     view = Table(
         box=SIMPLE_HEAD,
+        # 80 columns hold it all
+        padding=0,
+        show_edge=False,
         title=f"Causal attention, float32, {shape.heads} heads of {shape.head_dim}",
         title_justify="left",
         caption="\n".join(notes),
@@ -37,7 +41,7 @@ def table(points: Sequence[Point], shape: Shape) -> Table:
     )
     view.add_column("length", justify="right", no_wrap=True)
     view.add_column("attention", no_wrap=True)
-    for name in ("forward", "memory", "+ backward", "memory", "speed-up", "error"):
+    for name in ("forward", "memory", "+ backward", "memory", "speed-up", "error", "recall"):
         view.add_column(name, justify="right", no_wrap=True)
     exact = {point.length: point for point in points if point.mechanism == EXACT}
     for point in points:
@@ -46,15 +50,31 @@ def table(points: Sequence[Point], shape: Shape) -> Table:
         costs += (seconds(point.training_s), size(point.training_bytes))
         length = f"{point.length:,}" if point.mechanism == EXACT else ""
         row = (length, point.mechanism, *(mark + cost for cost in costs), _speed_up(exact[point.length], point))
-        row += ("" if point.error is None else f"{100 * point.error:.1f} %",)
+        row += (_percent(point.error, 1), _percent(point.recall))
         view.add_row(*row, style=style)
     return view
+
+
+def _percent(share: float | None, decimals: int = 0) -> str:
+    return "" if share is None else f"{100 * share:.{decimals}f} %"
 
 
 def _speed_up(exact: Point, point: Point) -> str:
     if point is exact:
         return ""
     return f"{'' if exact.measured and point.measured else PREDICTED}{digits(exact.training_s / point.training_s)}x"
+
+
+def recall_sentence(points: Sequence[Point]) -> str | None:
+    """Of the longest length for which there is a recall."""
+    found = [point for point in points if point.recall is not None]
+    if not found:
+        return None
+    at = max(found, key=lambda point: point.length)
+    return (
+        f"{at.mechanism}, recall at {at.length:,} tokens: {_percent(at.recall)} in clusters of {CLUSTER}, "
+        f"{_percent(at.unrelated_recall)} of unrelated rows, where there is nothing to look for"
+    )
 
 
 def break_even_sentence(mechanism: str, kind: str, found: BreakEven) -> str:
@@ -131,6 +151,9 @@ def break_even(display: Display, record) -> None:
     for mechanism, kinds in break_evens(record.points).items():
         for kind, found in kinds.items():
             display.line(break_even_sentence(mechanism, kind, found))
+    recall = recall_sentence(record.points)
+    if recall is not None:
+        display.line(recall)
     plan = record.plan
     display.line()
     display.line(
