@@ -198,22 +198,25 @@ def softmax_attention(
         for all, any strides.
     attn_mask: broadcasts to `[B, Hq, L, S]`; bool, True = may attend (as in torch's function, the opposite of
         nn.MultiheadAttention), or float, added to the scores. Excludes is_causal.
-    dropout_p: applied to the weights whenever it is positive, with torch's generator; pass 0 in evaluation.
+    dropout_p: applied to the weights whenever it is positive; pass 0 in evaluation.
     is_causal: query i sees keys 0..i, also when L != S.
     scale: default 1/sqrt(D).
     enable_gqa: Hq may be a multiple of H; query head h then reads key head h // (Hq / H). Keys are not repeated where
         torch's kernel shares them.
     key_padding_mask: bool `[B, S]`, True for a padded key: ignored whatever it holds (NaN too), with gradient 0.
-    impl: "auto", "torch" (torch's SDPA) or "reference" (dense); see `longattn.explain`.
+    impl: "auto", "cpu" (tiles in C++, without attn_mask), "torch" (torch's SDPA) or "reference" (dense); see
+        `longattn.explain`. "auto" takes "cpu" where it can run, from 64 queries on and without dropout.
 
     Returns `[B, Hq, L, E]` in the inputs' dtype (autocast's under autocast). A query that sees no key gets 0, and
     gradient 0.
-    Memory: torch's fused kernels need O(L + S). For key_padding_mask this function copies key and value and builds a
-    mask of `[B, 1, 1, S]`. Together with is_causal or attn_mask it copies query, key and value (with up to 8 more
-    features) on the CPU; elsewhere it builds a mask of `[B, 1, L, S]`, or of attn_mask's shape with B. On the CPU,
+    impl="cpu": memory of O(L + S) for every argument it takes, also dropout (its own counter, seeded by torch's
+    generator); the same bits for any number of threads; a future NaN stays in the future; no second derivative.
+    impl="torch": torch's fused kernels need O(L + S). For key_padding_mask this function copies key and value and
+    builds a mask of `[B, 1, 1, S]`. Together with is_causal or attn_mask it copies query, key and value (with up to 8
+    more features) on the CPU; elsewhere it builds a mask of `[B, 1, L, S]`, or of attn_mask's shape with B. On the CPU,
     E != D copies the inputs to a common width. torch itself forms `[B, Hq, L, S]` for dropout on the CPU, for an
-    attn_mask that requires grad, and where none of its fused kernels takes the call.
-    NaN in a key that attn_mask or causality alone hides may reach every row, as it does in torch.
+    attn_mask that requires grad, and where none of its fused kernels takes the call. NaN in a key that attn_mask or
+    causality alone hides may reach every row.
     Raises ValueError or TypeError in a sentence.
     """
     return _run(
