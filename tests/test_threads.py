@@ -112,19 +112,23 @@ def test_a_forked_worker_finishes_with_the_same_bits():
 
 LEVEL = """
 import sys, torch
-from longattn import native
+from longattn import lsh_buckets, native
 from longattn.testing.assertions import check_linear
 from longattn.testing.cases import DTYPES, FAVOR, LINEAR
+from longattn.testing.lsh import LSH, check_lsh
 torch.set_num_threads(1)
 assert native.extension().isa() == sys.argv[1], native.extension().isa()
 names = {names}
-for case in (*LINEAR, *FAVOR):
-    if case.name in names:
-        for dtype in DTYPES:
-            check_linear(case, dtype, "cpu")
-            names[case.name] += 1
+for kind, cases, check in (("", (*LINEAR, *FAVOR), check_linear), ("lsh, ", LSH, check_lsh)):
+    for case in cases:
+        if kind + case.name in names:
+            for dtype in DTYPES:
+                check(case, dtype, "cpu")
+                names[kind + case.name] += 1
 assert set(names.values()) == {{len(DTYPES)}}, names
-print("agrees")
+x = torch.randn(1, 4, 3000, 40, generator=torch.Generator().manual_seed(0))
+buckets = lsh_buckets(x, n_buckets=512, impl="cpu")
+print("agrees", int((buckets.long() * torch.arange(1, buckets.numel() + 1).view(buckets.shape)).sum()))
 """
 AT_EACH_LEVEL = (
     "causal L=1 after a state",
@@ -149,7 +153,18 @@ AT_EACH_LEVEL = (
     "favor, exact diagonal with everything",
     "favor, GQA causal",
     "favor, packed with everything",
+    "lsh, causal L=257, chunk 16",
+    "lsh, chunk 1",
+    "lsh, head dims 31 and 16",
+    "lsh, head dims 128 and 100",
+    "lsh, eight rounds, each counted",
+    "lsh, packed, separate",
+    "lsh, separate, dropout",
+    "lsh, wrapped, far",
 )
+
+
+BUCKETS: dict[str, str] = {}
 
 
 def levels():
@@ -160,7 +175,10 @@ def levels():
 def test_every_instruction_set_stays_within_the_budget(level):
     script = LEVEL.format(names=dict.fromkeys(AT_EACH_LEVEL, 0)).replace("sys.argv[1]", repr(level))
     result = python(script, LONGATTN_CPU_ISA=level)
-    assert result.stdout.strip() == "agrees", result.stderr
+    agreement = result.stdout.strip()
+    assert agreement.startswith("agrees"), result.stderr
+    # the buckets are the same numbers at every level
+    assert BUCKETS.setdefault("sum", agreement) == agreement
 
 
 def test_an_unknown_instruction_set_is_refused_in_a_sentence():
