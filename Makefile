@@ -4,6 +4,7 @@
 #   make bench            micro-benchmarks, one JSON in bench/results/
 #   make compare          linear attention beside other packages, one JSON in bench/results/
 #   make compare-favor    the same for FAVOR+
+#   make compare-lsh      the same for LSH attention, and dense attention of the same engine beside torch's
 #   make gpu              tests and benchmarks of a machine with an NVIDIA GPU, one JSON in bench/results/
 #   make lint             ruff
 #   make kernels-check    every CUDA and Triton kernel compiled ahead of time
@@ -31,7 +32,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 TORCH_READY := $(STAMPS)/$(call tag,$(TORCH))
 
-.PHONY: help demo test bench compare compare-favor gpu lint kernels-check wheel-check clean
+.PHONY: help demo test bench compare compare-favor compare-lsh gpu lint kernels-check wheel-check clean
 .SECONDARY:
 
 help:
@@ -40,9 +41,13 @@ help:
 demo: $(STAMPS)/built-cli
 	$(PY) -m longattn demo $(ARGS)
 
+# tests hold torch to one thread: each core takes a stretch of them, where pytest-xdist is there to deal them out
+PARALLEL = $(shell $(PY) -c "import psutil, xdist" 2>/dev/null && \
+	echo --numprocesses logical --maxprocesses 8 --dist worksteal)
+
 # kernels-check runs the ahead-of-time compiles of test_aot.py
 test: $(STAMPS)/built-dev
-	$(PY) -m pytest tests --ignore=tests/test_aot.py $(ARGS)
+	$(PY) -m pytest tests --ignore=tests/test_aot.py $(PARALLEL) $(ARGS)
 
 kernels-check: $(STAMPS)/built-dev
 	$(PY) -m pytest tests/test_aot.py $(ARGS)
@@ -55,6 +60,9 @@ compare: $(STAMPS)/built-dev
 
 compare-favor: $(STAMPS)/built-dev
 	$(PY) bench/compare_favor.py $(ARGS)
+
+compare-lsh: $(STAMPS)/built-dev
+	$(PY) bench/compare_lsh.py $(ARGS)
 
 gpu: $(STAMPS)/built-dev
 	$(PY) bench/gpu.py $(ARGS)

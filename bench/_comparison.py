@@ -6,6 +6,7 @@ torch is loaded by `main`, not by importing this: the number of threads has to b
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +23,8 @@ HERE = Path(__file__).resolve().parent
 
 class Script(NamedTuple):
     """One comparison. parts: what each measures; on_request: those left out unless named; thp: those to run again
-    where torch asks for huge pages; agree: given the names that take part, what differs from the reference."""
+    where torch asks for huge pages; agree: given the names that take part, what differs from the reference;
+    contenders: the module that builds them."""
 
     file: str
     doc: str
@@ -30,6 +33,7 @@ class Script(NamedTuple):
     agree: Callable[[list[str]], list[str]]
     on_request: tuple[str, ...] = ()
     thp: tuple[str, ...] = ("table", "dtypes")
+    contenders: str = "_contenders"
 
     @property
     def name(self) -> str:
@@ -81,14 +85,14 @@ def reference_of(case, inputs):
 
 
 class Run:
-    """The rows measured so far and how they are measured."""
+    """The rows measured so far and how they are measured. findings: sentence -> number, made of rows."""
 
-    def __init__(self, options: argparse.Namespace, probed: dict):
-        import _contenders
+    def __init__(self, options: argparse.Namespace, probed: dict, contenders: ModuleType):
         import _measure
 
         self.options, self.probed, self.rates, self.rows = options, probed, _measure.rates(probed), []
-        self.missing = {name: _contenders.missing(name) for name in _contenders.CONTENDERS}
+        self.contenders, self.findings = contenders, {}
+        self.missing = {name: contenders.missing(name) for name in contenders.CONTENDERS}
         self.available = [name for name, reason in self.missing.items() if reason is None]
 
     @property
@@ -101,7 +105,6 @@ class Run:
 
     def variants(self, title: str, entries: dict, *, seconds: float, rounds=(3, 30), peak=True) -> list[dict]:
         """The same for cases that differ. entries: label -> (contender, case); ratios are over the first."""
-        import _contenders
         import _floors
         import _measure
 
@@ -109,11 +112,9 @@ class Run:
         entries = {label: entry for label, entry in entries.items() if entry[0] in self.available}
         inputs, calls = {}, {}
         for label, (name, case) in entries.items():
-            # what the features are does not matter to the inputs, unless they are inputs
-            drawn = (*case[:5], case.dtype, case.feature == "raw")
-            if drawn not in inputs:
-                inputs[drawn] = _contenders.make_inputs(case)
-            calls[label] = _contenders.build(name, case, inputs[drawn])
+            if case.drawn not in inputs:
+                inputs[case.drawn] = self.contenders.make_inputs(case)
+            calls[label] = self.contenders.build(name, case, inputs[case.drawn])
         with _measure.others() as busy:
             times = _measure.interleave(calls, seconds, rounds)
         del calls, inputs
@@ -125,7 +126,7 @@ class Run:
             row["floor_ms"] = 1e3 * _floors.floor(case.shape, case.direction, self.rates)
             row["floor_mb"] = _floors.output_bytes(case.shape, case.direction) / 1e6
             if peak and not self.options.no_peak and not self.thp:
-                row |= _measure.fresh_peak(name, case._asdict(), self.options.threads)
+                row |= _measure.fresh_peak(name, case._asdict(), self.options.threads, module=self.contenders.__name__)
             added.append(row)
         self.rows += added
         return added
@@ -214,6 +215,8 @@ def show(run: Run) -> None:
             ratio = "" if row.get("ratio") is None else f"{row['ratio']:.2f}"
             if "ns_per_token_head" in row:
                 ratio = f"{row['ns_per_token_head']:.1f} ns/token/head"
+            if "gflops_per_core" in row:
+                ratio = f"{row['gflops_per_core']:.0f} GFLOP/s/core"
             cells += [f"{row['median_ms']:.{digits}f}", f"{row['min_ms']:.{digits}f}", ratio]
             cells += [f"{row['floor_ms']:.{digits}f}"]
             cells += [f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-"]
@@ -265,7 +268,7 @@ def main(script: Script) -> None:
 
     torch.set_num_threads(options.threads)
     probed = _measure.probe(options.threads)
-    run = Run(options, probed)
+    run = Run(options, probed, importlib.import_module(script.contenders))
     if run.missing["longattn"]:
         sys.exit(f"{script.name}: nothing to compare: {run.missing['longattn']}")
     wrong = script.agree(run.available)
@@ -285,6 +288,9 @@ def main(script: Script) -> None:
             print(f"not compared: {name}: {reason}")
     report = {"schema": 1, "machine": _measure.machine(), "versions": _measure.versions(), "quick": options.quick}
     report |= {"settings": _measure.settings(), "probe": probed, "missing": run.missing, "rows": run.rows}
+    report |= {"findings": run.findings} if run.findings else {}
+    for sentence, found in run.findings.items():
+        print(f"{sentence}: {found}")
     print(json.dumps({key: report[key] for key in ("machine", "settings", "probe", "versions")}, indent=1))
     output = options.output or (None if options.quick else default_output(script.subject))
     if output:

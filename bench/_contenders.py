@@ -52,6 +52,11 @@ class Case(NamedTuple):
         sizes = (self.n, self.B, self.H, self.D, self.E, M, self.dtype)
         return Shape(*sizes, P, self.is_causal, self.exact_diagonal)
 
+    @property
+    def drawn(self) -> tuple:
+        """Cases that are alike in this have the same inputs: what the features are does not matter, unless they are."""
+        return *self[:5], self.dtype, self.feature == "raw"
+
 
 class Inputs(NamedTuple):
     q: Tensor
@@ -213,10 +218,13 @@ CONTENDERS = {
 }
 
 
-@functools.cache
 def missing(name: str) -> str | None:
+    return missing_of(CONTENDERS, name)
+
+
+def missing_of(contenders: dict[str, Contender], name: str) -> str | None:
     """Why a contender cannot take part here; None if it can. One that needs two packages needs both."""
-    modules = [CONTENDERS[name].module]
+    modules = [contenders[name].module]
     if name == "performer-pytorch + C++ product":
         modules.append("fast_transformers.causal_product")
     for module in modules:
@@ -225,7 +233,7 @@ def missing(name: str) -> str | None:
         # a package built for another torch fails in ways of its own; the run goes on without it and says so
         except Exception as error:
             return f"{module} does not import: {type(error).__name__}: {error}"
-    if name == "longattn":
+    if contenders[name].module == "longattn":
         from longattn import native
 
         return native.missing()

@@ -13,6 +13,11 @@ left it: 4 D P + 4 M (E + 1) and 8 D P + 8 M (E + 1).
 A floor counts each thing once. Kernels of two sweeps (queries in order, keys in reverse) make the features and the
 scores of a chunk again in the second, which is their choice and not in it: 4 D P + 2 C (E + 1) more.
 
+Tile attention counts pairs (`Tiles`): each is a product of D, forward, and one of E; backward five for the two, so 2.5
+times as much. LSH with R rounds in chunks of C gives a token 2 C pairs in each, whatever causality and repetition leave
+of them, so 4 C R (D + E) forward, 8 C D R where D = E; beside them the hash, 2 D R for each column of its rotations.
+Attention over all keys has (n + 1) / 2 pairs for each token if causal, else n.
+
 Bytes are those of the tensors alone, each read or written once: q, k, v, out forward; q, k, v, out, grad_out, dq,
 dk, dv backward. A floor is the longer of the two times: arithmetic and memory traffic overlap.
 """
@@ -47,9 +52,45 @@ class Shape(NamedTuple):
         return self.n * self.B * self.H
 
     @property
+    def inputs(self) -> int:
+        """Elements of a token's inputs, and of their gradients."""
+        return 2 * self.D + self.E
+
+    @property
     def inner(self) -> int:
         """The width of what queries and keys of one chunk are compared by."""
         return self.D if self.exact_diagonal else self.M
+
+
+class Tiles(NamedTuple):
+    """One call of tile attention: tokens n of every sequence, R rounds in chunks of C tokens with columns of rotations
+    to hash by (shared queries and keys); R = 0: all keys, with keys of their own."""
+
+    n: int
+    B: int
+    H: int
+    D: int
+    E: int
+    R: int
+    C: int
+    columns: int
+    dtype: str = "float32"
+    is_causal: bool = True
+
+    @property
+    def token_heads(self) -> int:
+        return self.n * self.B * self.H
+
+    @property
+    def inputs(self) -> int:
+        """Elements of a token's inputs, and of their gradients."""
+        return (1 if self.R else 2) * self.D + self.E
+
+    @property
+    def pair_flops(self) -> float:
+        """Of the forward pass for each token and head, without the hash."""
+        pairs = 2 * self.C * self.R if self.R else (self.n + 1) / 2 if self.is_causal else self.n
+        return 2 * (self.D + self.E) * pairs
 
 
 class Rates(NamedTuple):
@@ -84,12 +125,22 @@ def _time(flops: float, moved: float, rates: Rates) -> float:
     return max(flops / rates.flops, moved / rates.bandwidth)
 
 
-def floor(shape: Shape, direction: str, rates: Rates, chunk: int = CHUNK) -> float:
+def _tiles(shape: Tiles, rates: Rates) -> dict[str, float]:
+    moved = shape.token_heads * (shape.inputs + shape.E) * ITEM_BYTES[shape.dtype]
+    flops = shape.token_heads * shape.pair_flops
+    hashing = shape.token_heads * 2 * shape.D * shape.R * shape.columns
+    return {"forward": _time(flops + hashing, moved, rates), "backward": _time(2.5 * flops, 2 * moved, rates)}
+
+
+def floor(shape: Shape | Tiles, direction: str, rates: Rates, chunk: int = CHUNK) -> float:
     """Seconds no kernel of this algorithm can go under. direction: "forward", "backward" or "forward+backward"."""
-    seconds = {
-        "forward": _time(forward_flops(shape, chunk), forward_bytes(shape), rates),
-        "backward": _time(backward_flops(shape, chunk), backward_bytes(shape), rates),
-    }
+    if isinstance(shape, Tiles):
+        seconds = _tiles(shape, rates)
+    else:
+        seconds = {
+            "forward": _time(forward_flops(shape, chunk), forward_bytes(shape), rates),
+            "backward": _time(backward_flops(shape, chunk), backward_bytes(shape), rates),
+        }
     if direction == "forward+backward":
         return sum(seconds.values())
     return seconds[direction]
@@ -102,8 +153,31 @@ def decode_floor(shape: Shape, rates: Rates) -> float:
     return _time(4 * state + heads * 4 * shape.D * shape.P, 2 * 4 * state, rates)
 
 
-def output_bytes(shape: Shape, direction: str) -> int:
-    """The memory no call can do without: its results. The gradients are dq, dk, dv."""
+def output_bytes(shape: Shape | Tiles, direction: str) -> int:
+    """The memory no call can do without: its results. The gradients are dq, dk (unless shared), dv."""
     out = shape.token_heads * shape.E * ITEM_BYTES[shape.dtype]
-    gradients = shape.token_heads * (2 * shape.D + shape.E) * ITEM_BYTES[shape.dtype]
+    gradients = shape.token_heads * shape.inputs * ITEM_BYTES[shape.dtype]
     return {"forward": out, "backward": gradients, "forward+backward": out + gradients}[direction]
+
+
+# LSH on a GPU, whose caches do not hold a sequence from one round to the next
+
+
+def gathered_bytes(shape: Tiles, direction: str) -> int:
+    """Moved where each round gathers its rows: x, v and out, backward x, v, grad_out, dx and dv, with a place and a
+    chunk of 4 bytes each; the hash reads x once more.
+    """
+    item, D, E = ITEM_BYTES[shape.dtype], shape.D, shape.E
+    once = {"forward": item * D, "backward": 0}
+    each = {"forward": item * (D + 2 * E) + 8, "backward": item * (2 * D + 3 * E) + 8}
+    if direction == "forward+backward":
+        return sum(gathered_bytes(shape, one) for one in each)
+    return shape.token_heads * (once[direction] + shape.R * each[direction])
+
+
+def part_floor(shape: Tiles, part: str, rates: Rates) -> float:
+    """Seconds of the hash alone (x read, a bucket written for each round) or the sort (bucket to place and chunk)."""
+    if part == "sort":
+        return _time(0, shape.token_heads * shape.R * 12, rates)
+    moved = shape.D * ITEM_BYTES[shape.dtype] + 4 * shape.R
+    return _time(shape.token_heads * 2 * shape.D * shape.R * shape.columns, shape.token_heads * moved, rates)

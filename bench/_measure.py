@@ -27,7 +27,10 @@ from _floors import Rates
 from longattn import native
 
 HERE = Path(__file__).resolve().parent
-PEERS = ("pytorch-fast-transformers", "performer-pytorch", "linear-attention-transformer")
+PEERS = (
+    "pytorch-fast-transformers", "performer-pytorch", "linear-attention-transformer",
+    "transformers", "reformer-pytorch",
+)  # fmt: skip
 PACKAGES = ("longattn", "torch", "triton", *PEERS)
 
 # large blocks come from the system and go back when freed: the peak is what is alive, not what glibc's heap keeps
@@ -121,11 +124,13 @@ def peak_of(call: Callable[[], object], device: str = "cpu") -> int:
     return max(0, peak - before)
 
 
-def fresh_peak(contender: str, case: dict, threads: int, timeout: float = 900, device: str = "cpu") -> dict:
+def fresh_peak(
+    contender: str, case: dict, threads: int, timeout: float = 900, device: str = "cpu", module: str = "_contenders"
+) -> dict:
     """`peak_of` in a process of its own (`_peak.py`): {"peak_mb": ...}, or {"peak_skipped": why}."""
     environment = {**os.environ, **PEAK_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     environment.pop("THP_MEM_ALLOC_ENABLE", None)
-    job = json.dumps({"contender": contender, "case": case, "device": device})
+    job = json.dumps({"module": module, "contender": contender, "case": case, "device": device})
     command = [sys.executable, str(HERE / "_peak.py"), job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)

@@ -26,14 +26,16 @@ def synchronized(call, engine: str):
     return (lambda: (call(), torch.cuda.synchronize())) if device(engine) == "cuda" else call
 
 
-def attention(benchmark, request, engine: str, case: _contenders.Case) -> None:
-    contender = "torch SDPA" if engine == "exact" else "longattn"
-    call = _contenders.build(contender, case, _contenders.make_inputs(case, device(engine)))
+def attention(benchmark, request, engine: str, case, contender: str = "longattn", contenders=_contenders) -> None:
+    """contenders: the module that builds them; "exact" is torch's attention, whoever is named."""
+    contender = "torch SDPA" if engine == "exact" else contender
+    call = contenders.build(contender, case, contenders.make_inputs(case, device(engine)))
     benchmark.pedantic(synchronized(call, engine), rounds=3 if case.n > 1024 else 10, warmup_rounds=1)
     extra = {"ns_per_token_head": 1e9 * benchmark.stats.stats.median / case.shape.token_heads}
     extra["results_mb"] = _floors.output_bytes(case.shape, case.direction) / 1e6
     if not request.config.getoption("--no-peak"):
-        extra |= _measure.fresh_peak(contender, case._asdict(), torch.get_num_threads(), device=device(engine))
+        where = {"device": device(engine), "module": contenders.__name__}
+        extra |= _measure.fresh_peak(contender, case._asdict(), torch.get_num_threads(), **where)
     benchmark.extra_info |= extra
 
 

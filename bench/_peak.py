@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 
-import _contenders
 import _measure
 import torch
 
@@ -17,10 +17,11 @@ WARM_UP_LENGTH = 256
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    case, device = _contenders.Case(**job["case"]), job["device"]
+    contenders, device = importlib.import_module(job["module"]), job["device"]
+    case = contenders.Case(**job["case"])
 
     def build(case):
-        return _contenders.build(job["contender"], case, _contenders.make_inputs(case, device))
+        return contenders.build(job["contender"], case, contenders.make_inputs(case, device))
 
     build(case._replace(n=WARM_UP_LENGTH))()
     print(json.dumps({"peak_bytes": _measure.peak_of(build(case), device)}))

@@ -1,4 +1,5 @@
-"""Draws time and memory against length from a JSON of compare_linear.py, compare_favor.py or gpu.py, on log-log axes.
+"""Draws time and memory against length from a JSON of compare_linear.py, compare_favor.py, compare_lsh.py or gpu.py,
+on log-log axes.
 
     python bench/plot.py bench/results/linear-cpu-avx2-20260101.json [--output FILE.png]
 
@@ -28,6 +29,9 @@ STYLES = {
     "linear-attention-transformer": {"color": "#009e73", "linewidth": 1.3, "marker": "v"},
     "performer-pytorch + C++ product": {"color": "#009e73", "linewidth": 1.3, "marker": "v"},
     "performer-pytorch": {"color": "#cc79a7", "linewidth": 1.3, "marker": "D"},
+    "longattn exact": {"color": "#56b4e9", "linewidth": 2.0, "marker": "o", "zorder": 4},
+    "Hugging Face": {"color": "#d55e00", "linewidth": 1.3, "marker": "^"},
+    "reformer-pytorch": {"color": "#009e73", "linewidth": 1.3, "marker": "v"},
     "torch SDPA, flash": {"color": INK, "linewidth": 2.0, "marker": "s", "zorder": 4},
     "torch SDPA, cuDNN": {"color": "#cc79a7", "linewidth": 1.3, "marker": "D"},
     "torch SDPA, efficient": {"color": INK, "linewidth": 2.0, "marker": "s", "zorder": 4},
@@ -99,10 +103,13 @@ def draw(report: dict, path: Path) -> None:
     device = f"{machine['cpu']} ({', '.join(machine['flags'])}), {report['settings']['threads']} threads"
     if "device" in report:
         device = report["device"]["name"]
-    figure.text(0.015, 0.965, "Causal linear attention against exact attention", fontsize=15, color=INK)
+    kind = "LSH" if "n_hashes" in first else "linear"
+    figure.text(0.015, 0.965, f"Causal {kind} attention against exact attention", fontsize=15, color=INK)
     # peers may have a map of their own: it is ours that is named
     ours = next((row for row in rows if row["contender"] == "longattn"), first)
     feature = f"FAVOR+ M={ours['n_features']}" if ours.get("n_features") else "elu+1"
+    if "n_hashes" in ours:
+        feature = f"LSH R={ours['n_hashes']}, chunks of {ours['chunk']}"
     detail = f"{device}; {first['dtype']}, B={first['B']}, H={first['H']}, D=E={first['D']}, {feature}; "
     detail += f"torch {report['versions']['torch']}, {report['settings']['date'][:10]}"
     figure.text(0.015, 0.943, detail, fontsize=9.5, color=MUTED)

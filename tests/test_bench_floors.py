@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from longattn import native
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
@@ -87,6 +89,41 @@ def test_floor_grows_with_tokens_and_takes_the_slower_of_arithmetic_and_memory()
     assert floors.floor(shape, "forward+backward", H200) == both
 
 
+def count_tiles(shape):
+    """Multiply-adds of the tiles of one round, product by product: scores and values; backward the scores again."""
+    rows, keys = shape.C, 2 * shape.C
+    tiles = shape.n // shape.C
+    forward = tiles * 2 * rows * keys * (shape.D + shape.E)
+    # scores, dp = dO v^T, dv = p^T dO, dq = ds k, dk = ds^T q
+    backward = tiles * 2 * rows * keys * (3 * shape.D + 2 * shape.E)
+    return shape.R * forward, shape.R * backward
+
+
+def test_flops_of_tiles_count_every_product_of_every_round():
+    shape = floors.Tiles(1024, 1, 1, 64, 64, 4, 64, 0)
+    forward, backward = count_tiles(shape)
+    assert shape.token_heads * shape.pair_flops == forward == 1024 * 4 * 8 * 64 * 64
+    arithmetic = floors.Rates(1e9, 1e30)
+    assert floors.floor(shape, "forward", arithmetic) == forward / 1e9
+    assert floors.floor(shape, "backward", arithmetic) == backward / 1e9
+    hashed = shape._replace(columns=16)
+    assert floors.floor(hashed, "backward", arithmetic) == backward / 1e9
+    assert math.isclose(floors.floor(hashed, "forward", arithmetic), (forward + 1024 * 4 * 2 * 64 * 16) / 1e9)
+
+
+def test_attention_over_all_keys_counts_the_pairs_that_are_seen():
+    shape = floors.Tiles(100, 1, 2, 64, 32, 0, 64, 0)
+    arithmetic = floors.Rates(1.0, 1e30)
+    assert floors.floor(shape, "forward", arithmetic) == 2 * (100 * 101 / 2) * 2 * (64 + 32)
+    assert floors.floor(shape._replace(is_causal=False), "forward", arithmetic) == 2 * 100**2 * 2 * (64 + 32)
+
+
+def test_shared_queries_and_keys_have_one_gradient():
+    shape = floors.Tiles(16384, 1, 8, 64, 64, 4, 64, 24)
+    assert floors.output_bytes(shape, "forward+backward") == 3 * 16384 * 8 * 64 * 4
+    assert floors.output_bytes(shape._replace(R=0), "backward") == 3 * 16384 * 8 * 64 * 4
+
+
 def test_results_are_the_output_and_three_gradients():
     shape = floors.Shape(16384, 1, 8, 64, 64, 64)
     assert floors.output_bytes(shape, "forward") == 16384 * 8 * 64 * 4
@@ -101,6 +138,26 @@ def test_decode_floor_reads_and_writes_the_state_once():
 def test_decode_floor_makes_the_features_of_one_query_and_one_key():
     shape = floors.Shape(1, 8, 8, 64, 64, 256, P=128)
     assert floors.decode_floor(shape, floors.Rates(1e9, 1e30)) == 64 * (4 * 256 * 65 + 4 * 64 * 128) / 1e9
+
+
+# the tile engine on a GPU
+
+
+def test_rounds_gather_their_rows_and_the_hash_reads_once_more():
+    # 4 D + 2 D + 8 bytes for each round of bfloat16, 2 D for the hash
+    shape = floors.Tiles(1000, 1, 16, 64, 64, 4, 64, 24, "bfloat16")
+    assert floors.gathered_bytes(shape, "forward") == 16000 * (4 * (4 * 64 + 2 * 64 + 8) + 2 * 64)
+    assert floors.gathered_bytes(shape, "backward") == 16000 * 4 * (4 * 64 + 6 * 64 + 8)
+    both = sum(floors.gathered_bytes(shape, direction) for direction in ("forward", "backward"))
+    assert floors.gathered_bytes(shape, "forward+backward") == both
+
+
+def test_hash_and_sort_alone_take_their_products_and_their_tables():
+    shape = floors.Tiles(1000, 1, 16, 64, 64, 4, 64, 24, "bfloat16")
+    assert floors.part_floor(shape, "hash", floors.Rates(1e9, 1e30)) == 16000 * 2 * 64 * 4 * 24 / 1e9
+    assert floors.part_floor(shape, "hash", floors.Rates(1e30, 1e9)) == 16000 * (2 * 64 + 4 * 4) / 1e9
+    # a bucket read, a place and a chunk written
+    assert floors.part_floor(shape, "sort", floors.Rates(1e30, 1e9)) == 16000 * 4 * 12 / 1e9
 
 
 # what make gpu prints, without a GPU
@@ -135,6 +192,31 @@ def test_speed_up_is_over_the_fastest_exact_attention_of_the_same_call(gpu):
 def test_no_exact_attention_measured_gives_no_speed_up(gpu):
     _, line = gpu.table([row(gpu, "longattn", 1 << 20, 2.0), row(gpu, gpu.FLASH, 4096, 30.0)])
     assert line[7:9] == ["-", "-"]
+
+
+def test_rows_of_the_tile_engine_name_their_rounds_and_their_parts(gpu):
+    rows, seconds = [row(gpu, gpu.FLASH, 4096, 30.0), row(gpu, gpu.FLASH, 4096, 90.0, direction="forward+backward")], 2.0
+    for case in gpu._gpu_lsh.cases(4096, 16):
+        measured = {"median_ms": seconds, "floor_ms": 0.5}
+        measured |= {} if case.direction in gpu._gpu_lsh.PARTS else {"peak_mb": 3, "floor_mb": 2}
+        rows.append({"contender": gpu._gpu_lsh.name_of(case), **case._asdict(), **measured})
+    lines = {(line[0], line[2]): line for line in gpu.table(rows)[1:]}
+    assert set(lines) == {("exact", "forward"), ("exact", "forward+backward")} | {
+        (f"LSH R={R}", what) for R in (1, 4) for what in ("forward", "forward+backward", "hash", "sort")
+    }
+    assert lines["LSH R=4", "forward+backward"][7:] == ["90.000", "45.0x", "3 of 2"]
+    assert lines["exact", "forward"][7:9] == ["30.000", "15.0x"]
+    assert lines["LSH R=1", "sort"][7:] == ["-", "-", "-"]
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="the engine measured in place of a GPU's is not built")
+def test_what_is_measured_of_the_tile_engine_runs(gpu):
+    assert gpu._gpu_lsh.check("cpu", "cpu") is None
+    for case in gpu._gpu_lsh.cases(200, 2, impl="cpu", dtype="float32"):
+        found = gpu._gpu_lsh.call_of(case, "cpu")()
+        outputs = {"forward": 1, "forward+backward": 3 if case.n_hashes else 4, "hash": 2, "sort": 2}[case.direction]
+        assert case.direction == "forward" or len(found) == outputs
+        assert 0 < gpu._gpu_lsh.floor(case, H200) < 1e-5
 
 
 def test_time_of_exact_attention_is_predicted_by_the_square_of_the_length(gpu):
