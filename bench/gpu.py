@@ -7,6 +7,7 @@
 2. Linear attention in Triton, 1k to 1M tokens, 16 heads, D = E = 64, raw features M = 256 and FAVOR+ of 256 features,
    forward and backward, beside torch's causal SDPA; the decode step in CUDA C++; floors from this GPU's own copy and
    matmul rates.
+3. The tile engine in Triton at the same lengths: LSH of 4 rounds and of 1, its hash and its sort, and exact attention.
 What does not fit into the minutes or the memory is listed as not run. One JSON goes to bench/results/.
 """
 
@@ -30,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import _floors  # noqa: E402
+import _gpu_lsh  # noqa: E402
 import _measure  # noqa: E402
 from _contenders import Case, directed, linear, make_inputs  # noqa: E402
 
@@ -77,7 +79,7 @@ def check_shapes() -> str | None:
                 check_linear(case, dtype, "triton", "cuda")
             except AssertionError as error:
                 return str(error)
-    return check_decode()
+    return _gpu_lsh.check() or check_decode()
 
 
 def check_decode(steps: int = 32) -> str | None:
@@ -191,19 +193,46 @@ class Measurement:
         torch.cuda.empty_cache()
         return None
 
-    def record(self, name: str, case: Case, times: list[float], peak: int | None) -> None:
+    def record(self, name: str, case, times: list[float], peak: int | None, floor: float | None = None) -> None:
+        """floor: seconds, where it is not that of `_floors.floor`."""
         self.seconds[name, case.dtype, case.direction, case.n] = statistics.median(times)
         row = {"contender": name, **case._asdict(), **_measure.summary(times)}
         if peak is not None:
             row["peak_mb"] = peak / 1e6
-        row["floor_ms"] = 1e3 * _floors.floor(case.shape, case.direction, rates(self.probed, case.dtype))
-        row["floor_mb"] = _floors.output_bytes(case.shape, whole(case).direction) / 1e6
+        floor = _floors.floor(case.shape, case.direction, rates(self.probed, case.dtype)) if floor is None else floor
+        row["floor_ms"] = 1e3 * floor
+        if case.direction not in _gpu_lsh.PARTS:
+            row["floor_mb"] = _floors.output_bytes(case.shape, whole(case).direction) / 1e6
         self.rows.append(row)
 
     def own(self, case: Case) -> None:
         inputs, function = make_inputs(case, "cuda"), linear(case)
         times = interleave({"longattn": directed(case, function, *inputs)}, 1.0, (5, 30))["longattn"]
         self.record("longattn", case, times, _measure.peak_of(directed(whole(case), function, *inputs), "cuda"))
+
+    def tiles(self, n: int) -> None:
+        """LSH, its parts and exact attention on the tile engine; forward with backward also of torch's attention."""
+        for case in _gpu_lsh.cases(n, HEADS):
+            name, slow = _gpu_lsh.name_of(case), False
+            if time.perf_counter() > self.deadline:
+                self.skip(name, case, "not run: out of time")
+                continue
+            if not case.n_hashes:
+                predicted = self.predicted(name, case)
+                slow = predicted > LONGEST / 10
+                if predicted > LONGEST or time.perf_counter() + 2 * predicted > self.deadline:
+                    self.skip(name, case, f"not run: about {predicted:.1f} s by growth with the square of the length")
+                    continue
+            call, whole_call = _gpu_lsh.call_of(case, "cuda"), case.direction not in _gpu_lsh.PARTS
+            times = interleave({name: call}, 0.5 if slow else 1.0, (1, 1) if slow else (5, 30))[name]
+            peak = _measure.peak_of(call, "cuda") if whole_call and not slow else None
+            self.record(name, case, times, peak, _gpu_lsh.floor(case, rates(self.probed, case.dtype)))
+            del call
+            torch.cuda.empty_cache()
+        both = Case(n, H=HEADS, dtype="bfloat16", direction="forward+backward")
+        for name in (FLASH, CUDNN):
+            if time.perf_counter() < self.deadline:
+                self.opponent(name, both)
 
     def opponent(self, name: str, case: Case) -> None:
         predicted = self.predicted(name, case)
@@ -266,7 +295,7 @@ def opponent_of(row: dict, rows: list[dict]) -> dict | None:
     same = [
         other
         for other in rows
-        if other["contender"] != "longattn"
+        if not other["contender"].startswith("longattn")
         and "median_ms" in other
         and all(other[key] == row[key] for key in ("n", "B", "H", "dtype", "direction"))
     ]
@@ -275,12 +304,19 @@ def opponent_of(row: dict, rows: list[dict]) -> dict | None:
 
 def table(rows: list[dict]) -> list[list[str]]:
     """Cells of one line for each of our rows, header first."""
-    header = "features,dtype,direction,n,ours ms,floor ms,x floor,exact ms,speed-up,peak MB of results"
+    header = "what,dtype,direction,n,ours ms,floor ms,x floor,exact ms,speed-up,peak MB of results"
     lines = [header.split(",")]
-    own = [row for row in rows if row["contender"] == "longattn" and row["direction"] != "decode"]
-    order = "D", "feature", "dtype"
-    for row in sorted(own, key=lambda row: (*(row[x] for x in order), row["direction"] != "forward", row["n"])):
-        what = f"{row['feature']} M={row['n_features'] or row['D']}"
+    own = [row for row in rows if row["contender"].startswith("longattn") and row["direction"] != "decode"]
+
+    def order(row: dict) -> tuple:
+        what = (row["contender"], row["D"], row.get("feature", ""), row.get("n_hashes", 0), row["dtype"])
+        return *what, row["direction"] != "forward", row["direction"], row["n"]
+
+    for row in sorted(own, key=order):
+        if "feature" in row:
+            what = f"{row['feature']} M={row['n_features'] or row['D']}"
+        else:
+            what = f"LSH R={row['n_hashes']}" if row["n_hashes"] else "exact"
         line = [what, row["dtype"], row["direction"], f"{row['n']:,}"]
         if "skipped" in row:
             lines.append([*line, *[""] * 5, row["skipped"]])
@@ -288,7 +324,7 @@ def table(rows: list[dict]) -> list[list[str]]:
         other = opponent_of(row, rows)
         line += [f"{row['median_ms']:.3f}", f"{row['floor_ms']:.3f}", f"{row['median_ms'] / row['floor_ms']:.1f}"]
         line += [f"{other['median_ms']:.3f}", f"{other['median_ms'] / row['median_ms']:.1f}x"] if other else ["-", "-"]
-        lines.append([*line, f"{row['peak_mb']:.0f} of {row['floor_mb']:.0f}"])
+        lines.append([*line, f"{row['peak_mb']:.0f} of {row['floor_mb']:.0f}" if "peak_mb" in row else "-"])
     return lines
 
 
@@ -304,7 +340,7 @@ def show(rows: list[dict], probed: dict) -> None:
             floor = f"floor {1e3 * row['floor_ms']:.1f} us" if "floor_ms" in row else ""
             times = f"{1e3 * row['median_ms']:.1f} us from Python, {row['gpu_us']:.1f} us on the GPU" if floor else ""
             print(f"{what}: {row.get('skipped') or f'{times}, {floor}'}")
-        elif "skipped" in row and row["contender"] != "longattn":
+        elif "skipped" in row and not row["contender"].startswith("longattn"):
             print(f"{row['contender']}, n={row['n']:,}, {row['dtype']}, {row['direction']}: {row['skipped']}")
 
 
@@ -331,8 +367,10 @@ def main() -> int:
         Case(0, H=HEADS, impl="triton", D=256, feature="raw", normalize=False),
         Case(0, H=HEADS, impl="triton", feature="favor-positive", n_features=256),
     )
-    for n, case, dtype, direction in itertools.product(LENGTHS, maps, ("bfloat16", "float32"), ("forward", "backward")):
-        measurement.measure(case._replace(n=n, dtype=dtype, direction=direction))
+    for n in LENGTHS:
+        for case, dtype, direction in itertools.product(maps, ("bfloat16", "float32"), ("forward", "backward")):
+            measurement.measure(case._replace(n=n, dtype=dtype, direction=direction))
+        measurement.tiles(n)
     show(measurement.rows, probed)
     properties = torch.cuda.get_device_properties(0)
     device = {"name": properties.name, "memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}

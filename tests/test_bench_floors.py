@@ -195,9 +195,10 @@ def test_no_exact_attention_measured_gives_no_speed_up(gpu):
 
 
 def test_rows_of_the_tile_engine_name_their_rounds_and_their_parts(gpu):
-    rows, seconds = [row(gpu, gpu.FLASH, 4096, 30.0), row(gpu, gpu.FLASH, 4096, 90.0, direction="forward+backward")], 2.0
+    directions = {"forward": 30.0, "forward+backward": 90.0}
+    rows = [row(gpu, gpu.FLASH, 4096, ms, direction=direction) for direction, ms in directions.items()]
     for case in gpu._gpu_lsh.cases(4096, 16):
-        measured = {"median_ms": seconds, "floor_ms": 0.5}
+        measured = {"median_ms": 2.0, "floor_ms": 0.5}
         measured |= {} if case.direction in gpu._gpu_lsh.PARTS else {"peak_mb": 3, "floor_mb": 2}
         rows.append({"contender": gpu._gpu_lsh.name_of(case), **case._asdict(), **measured})
     lines = {(line[0], line[2]): line for line in gpu.table(rows)[1:]}
@@ -211,7 +212,7 @@ def test_rows_of_the_tile_engine_name_their_rounds_and_their_parts(gpu):
 
 @pytest.mark.skipif(native.missing() is not None, reason="the engine measured in place of a GPU's is not built")
 def test_what_is_measured_of_the_tile_engine_runs(gpu):
-    assert gpu._gpu_lsh.check("cpu", "cpu") is None
+    assert gpu._gpu_lsh.check("cpu", "cpu", 150) is None
     for case in gpu._gpu_lsh.cases(200, 2, impl="cpu", dtype="float32"):
         found = gpu._gpu_lsh.call_of(case, "cpu")()
         outputs = {"forward": 1, "forward+backward": 3 if case.n_hashes else 4, "hash": 2, "sort": 2}[case.direction]
