@@ -16,6 +16,7 @@ template <class T>
 struct Origin {
   Int<T>* position;   // [tile_tokens]
   Int<T>* valid;      // -1, or 0 for a padded one and past the end
+  Int<T>* last;       // the position, beyond all positions where not valid
   Matrix<Int<T>> rank, bucket;  // [rounds][tile_tokens]
   bool* bad;          // holds a NaN or an infinity
   int64_t rows;
@@ -23,6 +24,7 @@ struct Origin {
 
   void take(Arena<T>& arena, int64_t rounds) {
     position = arena.template take<Int<T>>(1, tile_tokens).p, valid = arena.template take<Int<T>>(1, tile_tokens).p;
+    last = arena.template take<Int<T>>(1, tile_tokens).p;
     rank = arena.template take<Int<T>>(rounds, tile_tokens), bucket = arena.template take<Int<T>>(rounds, tile_tokens);
     bad = arena.template take<bool>(1, tile_tokens).p;
   }
@@ -41,6 +43,7 @@ void locate(const Tiles& x, bool keys, int64_t b, int64_t h, const Sequence& seq
     if (at >= 0 && x.sorted) at = std::clamp<int64_t>(Tiles::at(order, b, h, place.round, at), 0, limit);
     bool ok = at >= 0 && !(maskable && mask && mask.as<bool>()[b * mask.stride[0] + at * mask.stride[1]]);
     to.position[i] = static_cast<Int<T>>(at), to.valid[i] = ok ? -1 : 0, to.bad[i] = false;
+    to.last[i] = ok ? to.position[i] : std::numeric_limits<Int<T>>::max();
     to.any |= ok, to.all &= ok;
   }
   if (!x.sorted) return;
@@ -73,9 +76,18 @@ void gather(const View& from, int64_t b, int64_t h, Origin<T>& origin, int64_t n
       V<T> zero{};
       for (int64_t i = 0; i < origin.rows; ++i) {
         T* row = to.row(i);
-        if (origin.valid[i]) load_row(base + origin.position[i] * step, stride, n, row);
-        else std::fill(row, row + padded<T>(n), T(0));
-        for (int64_t d = 0; d < n; d += width<T>) zero = fma(load(row + d), V<T>{}, zero);
+        if (!origin.valid[i]) {
+          std::fill(row, row + padded<T>(n), T(0));
+        } else if (stride == 1 && n % width<T> == 0) {
+          const From* p = base + origin.position[i] * step;
+          for (int64_t d = 0; d < n; d += width<T>) {
+            V<T> x = load_as(p + d);
+            store(row + d, x), zero = fma(x, V<T>{}, zero);
+          }
+        } else {
+          load_row(base + origin.position[i] * step, stride, n, row);
+          for (int64_t d = 0; d < n; d += width<T>) zero = fma(load(row + d), V<T>{}, zero);
+        }
       }
       // hardly ever
       if (sum<T>(zero) != T(0)) mark_bad(origin, n, to, clear);
@@ -99,9 +111,13 @@ struct Rules {
 
   // the pairs of row i with a vector of keys
   VI<T> allowed(const Origin<T>& q, int64_t i, const Origin<T>& k, int64_t j) const {
-    VI<T> at = load(k.position + j), ok = load(k.valid + j);
-    if (causal) ok &= at <= q.position[i];
-    if (skip_self) ok &= at != q.position[i];
+    VI<T> ok;
+    if (causal) {
+      ok = load(k.last + j) <= q.position[i] - skip_self;
+    } else {
+      ok = load(k.valid + j);
+      if (skip_self) ok &= load(k.position + j) != q.position[i];
+    }
     if (within) ok &= load(k.bucket.row(round) + j) == q.bucket.row(round)[i];
     if (dedupe)
       for (int64_t r = 0; r < round; ++r) {
