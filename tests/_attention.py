@@ -8,7 +8,9 @@ from longattn.nn import MultiheadAttention
 
 E, H = 12, 3
 EFFICIENT = longattn.Linear()
-MECHANISMS = {"exact": "exact", "linear": EFFICIENT, "relu": longattn.Linear("relu", normalize=False)}
+# the same rotations in training and evaluation
+LSH = longattn.LSH(n_hashes=2, chunk_size=4, resample="never")
+MECHANISMS = {"exact": "exact", "linear": EFFICIENT, "relu": longattn.Linear("relu", normalize=False), "lsh": LSH}
 ONE, TWO = torch.zeros(2, 5, E), torch.zeros(2, 7, E)
 
 
