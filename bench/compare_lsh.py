@@ -150,13 +150,11 @@ def stages_part(run: Run) -> None:
 
 
 def stage_floor(shape, label: str, direction: str, rates) -> float:
-    """Seconds: the hash's flops, the sort's numbers (a key read, a place and a rank written), or the tiles' floor."""
     import _floors
 
-    if label == "longattn hash":
-        return shape.token_heads * 2 * shape.D * shape.R * shape.columns / rates.flops
-    if label == "longattn sort":
-        return shape.token_heads * 12 * shape.R / rates.bandwidth
+    stage = label.split()[-1]
+    if stage in ("hash", "sort"):
+        return _floors.part_floor(shape, stage, rates)
     return _floors.floor(shape._replace(columns=0), direction, rates)
 
 
