@@ -83,7 +83,8 @@ void hash_factor(const float* rotation, int64_t columns, int64_t half, const flo
 void lsh_hash(const LshHash& x) {
   expect(x.x.rank == 4 && x.rotations.rank == 4, "x must be [B, H, N, D] and rotations [H, R, D', C]");
   int64_t B = x.x.size[0], Hx = x.x.size[1], N = x.x.size[2], D = x.x.size[3];
-  int64_t H = x.rotations.size[0], R = x.rotations.size[1], depth = x.rotations.size[2], C = x.rotations.size[3], columns = 0;
+  int64_t H = x.rotations.size[0], R = x.rotations.size[1], depth = x.rotations.size[2], C = x.rotations.size[3];
+  int64_t columns = 0;
   for (int64_t f : x.factors) expect(f > 0 && f % 2 == 0, "factors must be even"), columns += f / 2;
   expect(H > 0 ? Hx % H == 0 : Hx == 0, "heads must be a multiple of the rotations' heads");
   expect(columns == C && (depth == D || depth == D + 1), "rotations must be [H, R, D or D + 1, sum of factors / 2]");
@@ -98,7 +99,7 @@ void lsh_hash(const LshHash& x) {
   if (!x.extra) depth = D;
   int64_t bytes = HashScratch(nullptr, D + 1).bytes, blocks = (N + block - 1) / block;
   expect(x.threads >= 1 && x.workspace.elements() >= x.threads * bytes + 64, "the workspace is too small");
-  char* memory = x.workspace.data + (64 - reinterpret_cast<uintptr_t>(x.workspace.data) % 64) % 64;
+  char* memory = first_line(x.workspace.data);
   parallel_tasks(B * Hx * blocks, x.threads, [&](int64_t task, int me) {
     HashScratch w(memory + me * bytes, D + 1);
     int64_t b = task / blocks / Hx, h = task / blocks % Hx, end = std::min(N, (task % blocks + 1) * block);
@@ -150,7 +151,7 @@ void lsh_sort(const LshSort& x) {
   expect(x.workspace.elements() >= x.threads * x.n_keys * int64_t(sizeof(int32_t)) + 64, "the workspace is too small");
   Sequences sequences{x.cu_seqlens, x.cu_seqlens ? x.cu_seqlens.size[0] - 1 : B, 1};
   if (x.cu_seqlens) sequences.check(B, N, N);
-  char* memory = x.workspace.data + (64 - reinterpret_cast<uintptr_t>(x.workspace.data) % 64) % 64;
+  char* memory = first_line(x.workspace.data);
   // the sequences of one batch entry one after the other
   int64_t each = x.cu_seqlens ? sequences.N : 1;
   parallel_tasks(B * lists, x.threads, [&](int64_t task, int me) {

@@ -23,6 +23,9 @@ struct Matrix {
 template <class A>
 constexpr int64_t per = std::is_same_v<A, Pair> ? 2 : 1;
 
+// the first whole cache line of memory that callers make 64 bytes longer than what is asked for
+inline char* first_line(char* memory) { return memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64; }
+
 template <class T>
 struct Arena {
   char* memory;

@@ -63,7 +63,8 @@ struct TileBackward {
   // all queries see all keys: a segment of a whole head computes no score twice
   int64_t segment() const {
     Tiling keys(tiles.S, x.chunk);
-    bool windowed = (std::min(x.look_back, keys.chunks) + std::min(x.look_ahead, keys.chunks) + 1) * keys.per_chunk <= segment_of_windows;
+    int64_t chunks = std::min(x.look_back, keys.chunks) + std::min(x.look_ahead, keys.chunks) + 1;
+    bool windowed = chunks * keys.per_chunk <= segment_of_windows;
     int64_t all = std::max<int64_t>(query_tiles(), 1);
     if (windowed) return std::min(all, segment_of_windows);
     int64_t parts = key_heads() >= x.threads ? 1 : 2 * x.threads;
@@ -79,7 +80,9 @@ struct TileBackward {
   int64_t dk_size() const { return tiles.shared ? 0 : tiles.S * tiles.D; }
   int64_t sums_size() const { return tiles.groups * dq_size() + dk_size() + tiles.S * tiles.E; }
   int64_t sums_bytes() const { return needs_sums() ? wave() * sums_size() * int64_t(sizeof(T)) : 0; }
-  int64_t workspace() const { return x.threads * Worker(nullptr, tiles, segment()).bytes + round_up(sums_bytes(), 64) + 64; }
+  int64_t workspace() const {
+    return x.threads * Worker(nullptr, tiles, segment()).bytes + round_up(sums_bytes(), 64) + 64;
+  }
 
   // rows of gradients in the working type
   struct Sums {
@@ -93,10 +96,11 @@ struct TileBackward {
     for (const View* v : {&y.lse, &y.delta})
       expect_shape(*v, "lse", {tiles.B, tiles.Hq, tiles.L}), expect_dtype(*v, "lse", acc);
     expect_shape(y.dq, "dq", {tiles.B, tiles.Hq, tiles.L, tiles.D}), expect_dtype(y.dq, "dq", x.q.dtype);
-    if (!tiles.shared) expect_shape(y.dk, "dk", {tiles.B, tiles.H, tiles.S, tiles.D}), expect_dtype(y.dk, "dk", x.q.dtype);
+    if (!tiles.shared)
+      expect_shape(y.dk, "dk", {tiles.B, tiles.H, tiles.S, tiles.D}), expect_dtype(y.dk, "dk", x.q.dtype);
     expect_shape(y.dv, "dv", {tiles.B, tiles.H, tiles.S, tiles.E}), expect_dtype(y.dv, "dv", x.q.dtype);
     expect(x.threads >= 1 && x.workspace.elements() >= workspace(), "the workspace is too small");
-    char* memory = x.workspace.data + (64 - reinterpret_cast<uintptr_t>(x.workspace.data) % 64) % 64;
+    char* memory = first_line(x.workspace.data);
     T* sums = reinterpret_cast<T*>(memory);
     memory += round_up(sums_bytes(), 64);
     std::vector<Worker> workers;
@@ -337,7 +341,7 @@ struct TileBackward {
       using To = decltype(type);
       if constexpr ((sizeof(T) == 8) == (sizeof(To) == 8))
         for (int64_t i = start + rows.first; i < start + rows.last; ++i)
-          store_row(from + i * n, to.as<To>() + b * to.stride[0] + h * to.stride[1] + i * to.stride[2], n);
+          store_row(from + i * n, row_at<To>(to, b, h, i), n);
     });
   }
 };

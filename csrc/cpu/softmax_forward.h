@@ -93,7 +93,8 @@ struct TileForward {
   // heads whose rounds go on side by side, and whose sums wait in memory meanwhile
   int64_t wave() const {
     if (tiles.R == 1) return std::max<int64_t>(tiles.units(), 1);
-    return std::clamp<int64_t>((4 * x.threads + segments()) / std::max<int64_t>(segments(), 1), 1, std::max<int64_t>(tiles.units(), 1));
+    int64_t n = std::max<int64_t>(segments(), 1);
+    return std::clamp<int64_t>((4 * x.threads + n) / n, 1, std::max<int64_t>(tiles.units(), 1));
   }
   bool needs_sums() const { return tiles.R > 1 && x.q.dtype != (sizeof(T) == 8 ? DType::f64 : DType::f32); }
   int64_t sums_bytes() const { return needs_sums() ? wave() * tiles.L * tiles.E * int64_t(sizeof(T)) : 0; }
@@ -105,7 +106,7 @@ struct TileForward {
     for (const View* v : {&y.lse, &y.top})
       expect_shape(*v, "lse", {tiles.B, tiles.Hq, tiles.L}), expect_dtype(*v, "lse", acc);
     expect(x.threads >= 1 && x.workspace.elements() >= workspace(), "the workspace is too small");
-    char* memory = x.workspace.data + (64 - reinterpret_cast<uintptr_t>(x.workspace.data) % 64) % 64;
+    char* memory = first_line(x.workspace.data);
     T* sums = reinterpret_cast<T*>(memory);
     memory += round_up(sums_bytes(), 64);
     std::vector<Worker> workers;
@@ -131,7 +132,7 @@ struct TileForward {
   // where a row waits between rounds: its place in the result, or in `sums`
   T* waiting(T* sums, const Head& head, int64_t i) const {
     if (sums) return sums + i * tiles.E;
-    return y.out.as<T>() + head.b * y.out.stride[0] + head.h * y.out.stride[1] + i * y.out.stride[2];
+    return row_at<T>(y.out, head.b, head.h, i);
   }
 
   // a window slides over all slots; a long row of keys keeps its first ones, and two take turns for the others
@@ -239,7 +240,8 @@ struct TileForward {
     for (int64_t g = 0; g < count; ++g) {
       const KeyTile<T, A>& k = *group[g];
       Matrix<T> s{w.scores.p + g * tile_tokens, w.scores.ld};
-      if constexpr (per<A> == 2) multiply<T, A>(rows, round_up(tiles.D, 2 * W) / 2, q.factor, k.k, k.origin.rows, s, false);
+      if constexpr (per<A> == 2)
+        multiply<T, A>(rows, round_up(tiles.D, 2 * W) / 2, q.factor, k.k, k.origin.rows, s, false);
       else multiply<T, A>(rows, tiles.D, q.q, k.k, k.origin.rows, s, false);
       rules[g] = rules_of(tiles, round, q.origin, k.origin), vectors[g] = padded<T>(k.origin.rows) / W;
     }
@@ -331,7 +333,7 @@ struct TileForward {
     with_type(y.out.dtype, [&](auto type) {
       using To = decltype(type);
       if constexpr ((sizeof(T) == 8) == (sizeof(To) == 8))
-        store_row(out, y.out.as<To>() + head.b * y.out.stride[0] + head.h * y.out.stride[1] + at * y.out.stride[2], tiles.E);
+        store_row(out, row_at<To>(y.out, head.b, head.h, at), tiles.E);
     });
   }
 };

@@ -157,11 +157,15 @@ inline void scale_row(T* row, int64_t n, T factor) {
   for (int64_t d = 0; d < n; d += width<T>) store(row + d, load(row + d) * factor);
 }
 template <class T>
+inline T* row_at(const View& x, int64_t b, int64_t h, int64_t at) {
+  return x.as<T>() + b * x.stride[0] + h * x.stride[1] + at * x.stride[2];
+}
+template <class T>
 inline void row_of(const View& from, int64_t b, int64_t h, int64_t at, int64_t n, T* to) {
   with_type(from.dtype, [&](auto type) {
     using From = decltype(type);
     if constexpr ((sizeof(T) == 8) == (sizeof(From) == 8))
-      load_row(from.as<From>() + b * from.stride[0] + h * from.stride[1] + at * from.stride[2], from.stride[3], n, to);
+      load_row(row_at<From>(from, b, h, at), from.stride[3], n, to);
   });
 }
 

@@ -99,7 +99,9 @@ struct Tiles {
     if (separate) {
       Range all{run ? first_padded(head, round, queries.chunks) : 0, queries.chunks};
       if (!run) all.last = first_padded(head, round, queries.chunks);
-      auto centred = [&](int64_t least) { return first_of(all, [&](int64_t t) { return centre(head, round, t) >= least; }); };
+      auto centred = [&](int64_t least) {
+        return first_of(all, [&](int64_t t) { return centre(head, round, t) >= least; });
+      };
       seen = {centred(seen.first), centred(seen.last)};
     } else if (run) {
       return {0, 0};
@@ -133,7 +135,8 @@ struct Tiles {
   int64_t first_padded(const Head& head, int64_t round, int64_t chunks) const {
     if (!x.mask || L != S) return chunks;
     return first_of({0, chunks}, [&](int64_t chunk) {
-      int64_t at = std::clamp<int64_t>(Tiles::at(x.order_q, head.b, head.h, round, head.queries.start + chunk * x.chunk), 0, L - 1);
+      int64_t place = head.queries.start + chunk * x.chunk;
+      int64_t at = std::clamp<int64_t>(Tiles::at(x.order_q, head.b, head.h, round, place), 0, L - 1);
       return x.mask.as<bool>()[head.b * x.mask.stride[0] + at * x.mask.stride[1]];
     });
   }
