@@ -24,11 +24,13 @@ def lsh_buckets(
     rotations: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The hash of shared queries and keys alone: buckets int32 `[B, H, n_hashes, N]` of x `[B, H, N, D]`.
+    """The hash of shared queries and keys alone: buckets int32 `[B, H, n_hashes, N]` of x `[B, H, N, D]`, of any dtype
+    that attention takes. Kitaev et al. 2020 (arXiv 2001.04451), section 2.
 
     For each even factor b of n_buckets, the index of the first maximum of `[x R, -x R]` with R of `[D, b / 2]`, in
     float32; the bucket is h_1 + b_1 h_2 + b_1 b_2 h_3. Arguments and defaults are those of `longattn.lsh_attention`,
     which takes the result as `buckets=`. A power of two as a factor of x changes nothing. NaN gives a bucket in range.
+    Raises ValueError or TypeError in a sentence.
     """
     options = {"n_hashes": n_hashes, "n_buckets": n_buckets, "chunk_size": chunk_size, "seed": seed}
     return hash_of(prepare("lsh_buckets", x, None, x, rotations=rotations, impl=impl, **options))[0]
@@ -51,7 +53,8 @@ def lsh_recall(q: Tensor, k: Tensor | None = None, **options) -> Tensor:
     query sees itself only where it sees no other). It answers whether hashing works on this data.
 
     q: `[B, Hq, L, D]`; k: `[B, H, S, D]`, or None for shared QK. options: those of `longattn.lsh_attention`.
-    O(L S) time; memory O(S) for a block of rows, beside ranks `[B, Hq, n_hashes, L]`.
+    O(n_hashes L S) time, in torch; memory O(S) for a block of rows, beside ranks `[B, Hq, n_hashes, L]`. Raises
+    ValueError or TypeError in a sentence.
     """
     call = prepare("lsh_recall", q, k, q if k is None else k, **options)
     q, k, mask, cu_seqlens, acc = call.q, call.k, call.mask, call.cu_seqlens, accumulator(call.q.dtype)

@@ -67,7 +67,9 @@ class LSH(Mechanism):
         the module), "never" keeps those of evaluation.
 
     Causality needs L == S. Dropout acts on the weights. Weights asked for with need_weights are formed on the side,
-    without dropout.
+    without dropout, in O(L S) memory. Raises ValueError or TypeError in a sentence.
+
+    Kitaev et al. 2020 (arXiv 2001.04451).
     """
 
     n_hashes: int = 4
@@ -123,7 +125,7 @@ class LSHSelfAttention(nn.Module):
     bias: of query_key and value; out_bias: of out_proj.
     n_buckets: as in `longattn.lsh_attention`, or a sequence of even factors.
     wrap, norm_eps: see `from_huggingface`; wrap takes dedupe=False and within="window".
-    Others as in `longattn.LSH`.
+    Others as in `longattn.LSH`. Raises ValueError or TypeError in a sentence.
 
     Kitaev et al. 2020 (arXiv 2001.04451).
     """

@@ -350,13 +350,14 @@ def lsh_attention(
         query sees itself only where it sees no other key. With keys of their own, a causal query always sees itself; a
         chunk of queries is centred on the chunk of keys at the same share of the same bucket, also where L != S.
     n_hashes: rounds. More find more of the attention's mass (`longattn.lsh_recall` measures it) and cost as much more.
-    chunk_size: keys in a chunk, any length will do.
+    chunk_size: keys in a chunk, any length will do. look_back: chunks seen before the own one.
     n_buckets: even; default the next power of two from 2 S / chunk_size on (S the whole packed length with cu_seqlens).
         It is factored into even numbers above 128, or hashing would cost more than attending.
     look_ahead: default 0 if is_causal, else 1.
     within: "window" (any key in the chunks seen), or "bucket" (only those of the query's bucket).
     dedupe: a key met in several rounds counts once (the paper's correction); False counts it once per round.
-    is_causal: query i sees keys 0..i; needs L == S.
+    is_causal: query i sees keys 0..i; needs L == S. Later tokens are in the order too: a change of their buckets may
+        move the edges of chunks, and with them which earlier keys are seen.
     key_padding_mask: bool `[B, S]`, True for a padded key: never seen whatever it holds, NaN too. With k=None a padded
         position is no query either and gets 0.
     scale: default 1 with k=None (unit keys and no more, as trax and Hugging Face train), else 1/sqrt(D).
