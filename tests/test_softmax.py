@@ -369,12 +369,13 @@ def test_meta_tensors_give_shapes():
         assert out.shape == (2, 4, 5, 6)
 
 
-# with padding it is held to this in test_attention_module.py
+# with padding it is held to this in test_attention_encoder.py; torch deprecates parts of itself that its tracing uses
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_one_compiled_graph_serves_all_lengths():
     torch.compiler.reset()
     compiled = torch.compile(softmax_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for L in (5, 17, 40):
+        for L in (5, 17, 70):
             q, k, v = draw((2, 4, 2, L, L, 8, 6), seed=L)
             arguments = {"is_causal": True, "enable_gqa": True}
             torch.testing.assert_close(compiled(q, k, v, **arguments), softmax_attention(q, k, v, **arguments))

@@ -14,6 +14,8 @@ from . import _check, _dispatch, _tiles
 
 # tokens of a tile on the CPU
 CHUNK = 64
+# more chunks than there can be; not counted from the lengths, which a compiled graph leaves open
+EVERY = 1 << 40
 
 
 class SoftmaxAttentionOutput(NamedTuple):
@@ -89,7 +91,7 @@ def _prepare(
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
     reasons = {"cpu": _refuses_cpu(q, attn_mask), "torch": None, "reference": None}
-    if impl == "auto" and (dropout_p > 0 or q.shape[2] < CHUNK):
+    if impl == "auto" and (dropout_p > 0 or _are_few(q.shape[2])):
         # torch's dropout draws torch's numbers, and its kernel is ahead for a few queries
         reasons = {name: reasons[name] for name in ("torch", "cpu", "reference")}
     chosen = _dispatch.choose(op, impl, reasons)
@@ -98,19 +100,26 @@ def _prepare(
     return _Call(q, k, v, attn_mask, key_padding_mask, dropout_p, bool(is_causal), scale, enable_gqa, explanation)
 
 
+def _are_few(tokens: int) -> bool:
+    if torch.compiler.is_compiling():
+        # to compare a length that is still open would tie the graph to one side; torch imports this when it compiles
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(tokens < CHUNK)
+    return tokens < CHUNK
+
+
 def _refuses_cpu(q: Tensor, attn_mask: Tensor | None) -> str | None:
     reason = _dispatch.refuses("cpu", q)
     return reason or (None if attn_mask is None else "attn_mask runs in torch; causality and key padding run here")
 
 
 def _run_cpu(call: _Call) -> Tensor:
-    # all chunks of keys, or those up to the query's own
-    everything = call.k.shape[2] + call.q.shape[2]
     seed = int(torch.randint(2**62, (), dtype=torch.int64)) if call.dropout_p > 0 else 0
     options = _tiles.Options(
         chunk=CHUNK,
-        look_back=everything,
-        look_ahead=0 if call.is_causal else everything,
+        look_back=EVERY,
+        look_ahead=0 if call.is_causal else EVERY,
         is_causal=call.is_causal,
         self_rule=_tiles.SELF_ORDINARY,
         dedupe=False,
