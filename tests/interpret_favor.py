@@ -57,14 +57,14 @@ CASES = {
     "hyperbolic, not causal, groups": Case("hyperbolic", L=70, S=33, causal=False, groups=2),
     "relu, not causal, packed": Case("relu", L=90, causal=False, lengths=(3, 0, 87), state=True),
     "groups, mask, state": Case(L=80, groups=2, mask=0.4, state=True),
-    "packed": Case("hyperbolic", L=90, lengths=(1, 64, 0, 20, 5), state=True, mask=0.2, P=16),
+    "packed": Case("hyperbolic", L=70, lengths=(1, 64, 0, 5), groups=2, state=True, mask=0.2, P=16),
     "l2 and mean": Case(L=70, l2=True, mean=True, D=16),
     "trig, l2 and mean, state": Case("trig", L=130, l2=True, mean=True, state=True, P=10),
     "exact": Case(L=130, exact=True, P=64),
     "exact, hyperbolic, mean, groups, state, mask": Case(
         "hyperbolic", L=80, exact=True, mean=True, groups=2, state=True, mask=0.3, P=16
     ),
-    "exact, trig, l2, packed": Case("trig", L=140, exact=True, l2=True, lengths=(70, 0, 70), state=True, P=8, D=5),
+    "exact, trig, l2, packed": Case("trig", L=73, exact=True, l2=True, lengths=(70, 0, 3), state=True, P=8, D=5),
     "many features": Case(L=130, P=400, D=40, E=20, state=True),
     "exact, many features": Case(L=100, P=300, D=20, E=40, exact=True),
     "wide": Case(L=70, P=20, D=130, E=140, l2=True, mean=True),

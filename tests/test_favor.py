@@ -272,10 +272,9 @@ def test_raw_ops_pass_opcheck(name, kernel, device):
     for save_segments in (True, False):
         torch.library.opcheck(torch.ops.longattn._favor_forward, (*tensors, *options, save_segments))
     *saved, _, _, log_scale = torch.ops.longattn._favor_forward(*tensors, *options, True)
-    for grad_state in (inputs.grad_state, (None, None)):
-        for root_grad in (True, False):
-            arguments = (inputs.grad_output, *grad_state, *tensors, *saved, log_scale, *options, root_grad)
-            torch.library.opcheck(torch.ops.longattn._favor_backward, arguments)
+    for grad_state, root_grad in ((inputs.grad_state, True), ((None, None), False)):
+        arguments = (inputs.grad_output, *grad_state, *tensors, *saved, log_scale, *options, root_grad)
+        torch.library.opcheck(torch.ops.longattn._favor_backward, arguments)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -281,7 +282,7 @@ def test_compiles_whole_with_dynamic_lengths_and_gradients(backend, call, kernel
 
 def test_one_graph_serves_many_lengths(kernel, device):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     call = torch.compile(linear_attention, fullgraph=True, dynamic=True, backend=counter)
     for L in (3, 64, 65, 100, 129, 1009):
         q, k, v = (torch.randn(1, 2, L, 4, device=device) for _ in range(3))

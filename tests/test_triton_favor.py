@@ -15,13 +15,11 @@ SCRIPT = Path(__file__).parent / "interpret_favor.py"
 FLOAT32 = (
     "one token after a state",
     "two tokens",
-    "hyperbolic",
     "trig",
     "relu, not causal, packed",
     "positive, not causal",
     "packed",
     "l2 and mean",
-    "groups, mask, state",
     "exact, hyperbolic, mean, groups, state, mask",
     "all masked",
     "no token",

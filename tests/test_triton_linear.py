@@ -19,22 +19,22 @@ FLOAT32 = (
     "L=37 S=1",
     "head dims 1 and 5, causal=True",
     "head dims 31 and 16, causal=True",
-    "relu, normalize=False, scale=-0.3",
-    "identity, normalize=True, scale=0.3",
+    "one head, relu, unnormalized",
+    "one head, identity",
     "random masked, causal=False",
-    "random masked, causal=True",
-    "all masked, causal=True",
+    "one head, masked",
+    "one head, all masked",
     "MQA",
-    "state, causal, masked",
+    "one head, state",
     "state, not causal",
     "state, no keys",
 )
-NARROW = ("causal L=65", "L=S=65", "state, causal, masked", "masked, unnormalized, S > L")
+NARROW = ("L=S=65", "one head, state", "masked, unnormalized, S > L")
 
 
 @pytest.mark.parametrize(
     ("dtype", "cases"),
-    [("float32", FLOAT32), ("bfloat16", NARROW), ("float16", NARROW)],
+    [("float32", (*FLOAT32, "law")), ("bfloat16", NARROW), ("float16", NARROW[:2])],
     ids=["float32", "bfloat16", "float16"],
 )
 def test_interpreted_kernels_stay_within_the_budget(dtype, cases):
@@ -42,4 +42,4 @@ def test_interpreted_kernels_stay_within_the_budget(dtype, cases):
     command = [sys.executable, str(SCRIPT), dtype, *cases]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("of the budget") == len(cases)
+    assert run.stdout.count("of the budget") + run.stdout.count("kept") == len(cases)
