@@ -183,7 +183,7 @@ def stage(name: str, case: Case, inputs: Inputs):
         return lambda: torch.ops.longattn._lsh_sort(keys, n_keys, None, case.chunk)
     rounds, key_scale = call.rounds, _lsh.key_scale(torch.ops.longattn._lsh_lengths(inputs.q), 0.0)
     options = _tiles.Options(
-        rounds.chunk, rounds.look_back, rounds.look_ahead, rounds.is_causal, _tiles.SELF_FALLBACK, rounds.dedupe,
+        rounds.chunk, rounds.look_back, rounds.look_ahead, 0, rounds.is_causal, _tiles.SELF_FALLBACK, rounds.dedupe,
         rounds.wrap, call.scale, 0.0, 0, case.impl,
     )  # fmt: skip
     found = orders(call)

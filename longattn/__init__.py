@@ -8,12 +8,15 @@ from ._version import __version__
 from .favor import Favor
 from .lsh import lsh_buckets, lsh_recall
 from .nn.convert import convert
+from .nn.local import Local
 from .nn.lsh import LSH
 from .nn.mechanisms import Linear
+from .nn.replay import recomputing
 from .nn.report import FidelityReport, fidelity_report
 from .ops._dispatch import explain
 from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
 from .ops.lsh import lsh_attention
+from .ops.reversible import reversible_add
 from .ops.softmax import softmax_attention
 from .state import FavorState, LinearState
 
@@ -25,6 +28,7 @@ __all__ = [
     "Linear",
     "LinearAttentionOutput",
     "LinearState",
+    "Local",
     "__version__",
     "convert",
     "explain",
@@ -36,5 +40,7 @@ __all__ = [
     "lsh_buckets",
     "lsh_recall",
     "nn",
+    "recomputing",
+    "reversible_add",
     "softmax_attention",
 ]

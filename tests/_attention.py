@@ -10,7 +10,13 @@ E, H = 12, 3
 EFFICIENT = longattn.Linear()
 # the same rotations in training and evaluation
 LSH = longattn.LSH(n_hashes=2, chunk_size=4, resample="never")
-MECHANISMS = {"exact": "exact", "linear": EFFICIENT, "relu": longattn.Linear("relu", normalize=False), "lsh": LSH}
+MECHANISMS = {
+    "exact": "exact",
+    "linear": EFFICIENT,
+    "relu": longattn.Linear("relu", normalize=False),
+    "lsh": LSH,
+    "local": longattn.Local(3),
+}
 ONE, TWO = torch.zeros(2, 5, E), torch.zeros(2, 7, E)
 
 

@@ -99,8 +99,8 @@ def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: boo
     B, H, L, R, chunk = 1, 2, 300, 4, 64
     q, k, v = (torch.zeros(B, h, L, d, dtype=dtype) for h, d in ((H if kind == "shared" else 2 * H, D), (H, D), (H, E)))
     key_scale, tables = None, (None,) * 6
-    options = {"chunk": chunk, "look_back": 1, "look_ahead": 0 if causal else 1, "is_causal": causal, "dedupe": True,
-               "self_rule": 2, "wrap": False, "scale": 1.0, "dropout_p": 0.0, "seed": 0}
+    options = {"chunk": chunk, "look_back": 1, "look_ahead": 0 if causal else 1, "window": 0, "is_causal": causal,
+               "dedupe": True, "self_rule": 2, "wrap": False, "scale": 1.0, "dropout_p": 0.0, "seed": 0}
     if kind == "dense":
         options |= {"look_back": L, "look_ahead": 0 if causal else L, "self_rule": 0}
     else:

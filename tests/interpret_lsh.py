@@ -40,6 +40,7 @@ class Case:
     chunk: int = 16
     look_back: int = 1
     look_ahead: int = 0
+    window: int = 0
     buckets: int = 6
     causal: bool = True
     self_rule: int = 1
@@ -83,7 +84,11 @@ CASES = {
     "dense, more queries": Case(L=90, S=20, **DENSE),
     "dense, packed": Case(L=90, S=90, lengths=(70, 0, 20), **DENSE),
     "dense, shared": Case(L=70, R=0, look_back=FOR_ALL),
-    "sliding": Case(L=50, S=50, R=0, chunk=16, look_back=1, self_rule=0, scale=0.3, D=20, E=40),
+    "chunks": Case(L=50, S=50, R=0, chunk=16, look_back=1, self_rule=0, scale=0.3, D=20, E=40),
+    "sliding": Case(L=50, S=50, R=0, chunk=16, look_back=2, window=20, self_rule=0, scale=0.3, D=20, E=40),
+    "sliding, not causal": Case(
+        L=40, S=40, R=0, chunk=16, look_back=1, look_ahead=1, window=7, causal=False, self_rule=0, mask=0.3, scale=0.3
+    ),
     "wide": Case(L=40, D=130, E=200, chunk=32),
     "all padded": Case(L=20, mask=1.0),
     "no key": Case(L=5, S=0, R=0, self_rule=0, causal=False),
@@ -182,6 +187,8 @@ def counts(case: Case, x: dict) -> Tensor:
         n = n.clamp(max=1)
     if case.causal:
         n *= torch.ones(case.L, S).tril().long()
+    if case.window:
+        n *= (torch.arange(case.L)[:, None] - torch.arange(S)).abs() < case.window
     if x["mask"] is not None:
         n = n * ~x["mask"][:, None, None]
         if case.shared:
@@ -233,7 +240,7 @@ def run(case: Case, x: dict) -> dict[str, Tensor]:
         v = v.masked_fill(padded, INF)
     q, k, v, grad = (None if y is None else y.transpose(1, 3).contiguous().transpose(1, 3) for y in (q, k, v, grad))
     tensors = (q, k, v, x["mask"], x["cu"], scale, *(x[name] for name in ORDERS))
-    names = ("chunk", "look_back", "look_ahead", "self_rule", "dedupe", "wrap", "scale")
+    names = ("chunk", "look_back", "look_ahead", "window", "self_rule", "dedupe", "wrap", "scale")
     options = {name: getattr(case, name) for name in names}
     options |= {"is_causal": case.causal, "dropout_p": case.dropout, "seed": SEED}
     out, lse = softmax.forward(*tensors, **options)

@@ -386,7 +386,7 @@ def test_explain_names_the_engine_and_computes_nothing():
     with Watch() as watch:
         explanation = longattn.explain(softmax_attention, query=q, key=k, value=v, is_causal=True)
     assert explanation.chosen == "torch"
-    assert explanation.reasons == {"torch": None, "cpu": None, "reference": None}
+    assert explanation.reasons | {"triton": None} == dict.fromkeys(("torch", "cpu", "triton", "reference"))
     assert not watch.names
     long = [x.expand(1, 2, 64, 3) for x in (q[:, :, :1], k[:, :, :1], v[:, :, :1])]
     assert longattn.explain(softmax_attention, *long).chosen == "cpu"
@@ -425,11 +425,11 @@ GOOD = {name: torch.zeros(2, 2, 3, 4) for name in ("query", "key", "value")}
         ({"dropout_p": float("nan")}, ValueError, "dropout_p must be a probability"),
         ({"dropout_p": "0.1"}, ValueError, "dropout_p must be a probability"),
         ({"scale": float("inf")}, ValueError, "scale must be a finite number or None, got float inf"),
-        ({"impl": "triton"}, ValueError, "impl must be 'auto' or one of 'cpu', 'torch', 'reference', got 'triton'"),
+        ({"impl": "cuda"}, ValueError, "one of 'cpu', 'torch', 'triton', 'reference', got 'cuda'"),
         (
             {"impl": "cpu", "attn_mask": torch.zeros(3, 3)},
             ValueError,
-            "impl='cpu' cannot run this call: attn_mask runs in torch; causality and key padding run here",
+            "impl='cpu' cannot run this call: attn_mask runs in torch; causality, windows and key padding run here",
         ),
     ],
 )

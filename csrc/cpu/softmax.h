@@ -18,6 +18,7 @@ struct SoftmaxProblem {
   View rank_q, rank_k;       // the same shapes, by position: the key chunk a query is centred on, and the one of a key
   View bucket_q, bucket_k;   // the same shapes, by position: pairs need equal ones
   int64_t chunk = 64, look_back = 0, look_ahead = 0;
+  int64_t window = 0;        // pairs are fewer positions apart; 0: they need not be
   bool is_causal = false, dedupe = false, wrap = false;
   SelfRule self = SelfRule::ordinary;
   double scale = 1, dropout_p = 0;

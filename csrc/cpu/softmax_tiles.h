@@ -105,7 +105,8 @@ void clear_rows(Matrix<T> to, int64_t rows, int64_t until, int64_t n) {
 template <class T>
 struct Rules {
   bool masked;        // anything at all
-  bool causal, skip_self, dedupe, within;
+  bool causal, skip_self, dedupe, within, near;
+  Int<T> window;      // positions apart, if near
   Int<T> back, span;  // of chunks: a window is [centre - back, centre - back + span]
   int64_t round;
 
@@ -117,6 +118,10 @@ struct Rules {
     } else {
       ok = load(k.valid + j);
       if (skip_self) ok &= load(k.position + j) != q.position[i];
+    }
+    if (near) {
+      VI<T> apart = load(k.position + j) - q.position[i];
+      ok &= (apart < window) & (apart > -window);
     }
     if (within) ok &= load(k.bucket.row(round) + j) == q.bucket.row(round)[i];
     if (dedupe)
@@ -141,7 +146,10 @@ Rules<T> rules_of(const Tiles& x, int64_t round, const Origin<T>& q, const Origi
   constexpr int64_t far = int64_t(1) << 30;
   y.back = static_cast<Int<T>>(std::min(x.x.look_back, far));
   y.span = y.back + static_cast<Int<T>>(std::min(x.x.look_ahead, far));
-  y.masked = y.causal || y.skip_self || y.dedupe || y.within || !k.all;
+  int64_t reach = std::max(k.position[k.rows - 1] - q.position[0], q.position[q.rows - 1] - k.position[0]);
+  y.near = x.x.window > 0 && (x.sorted || reach >= x.x.window);
+  y.window = static_cast<Int<T>>(std::min(x.x.window, (int64_t(1) << 31) - 1));
+  y.masked = y.causal || y.near || y.skip_self || y.dedupe || y.within || !k.all;
   return y;
 }
 

@@ -142,7 +142,8 @@ struct Tiles {
   }
 
   void check() const {
-    expect(x.chunk >= 1 && x.look_back >= 0 && x.look_ahead >= 0, "chunk, look_back and look_ahead must not be negative");
+    expect(x.chunk >= 1 && x.look_back >= 0 && x.look_ahead >= 0 && x.window >= 0,
+           "chunk, look_back, look_ahead and window must not be negative");
     expect(H > 0 ? Hq % H == 0 : Hq == 0, "query heads must be a multiple of key heads");
     expect_shape(x.v, "v", {B, H, S, E});
     for (const View* v : {&x.q, &x.k, &x.v})

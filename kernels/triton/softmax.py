@@ -95,7 +95,7 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor | None, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
                  key_scale: Tensor | None, order_q: Tensor | None, order_k: Tensor | None, rank_q: Tensor | None,
                  rank_k: Tensor | None, bucket_q: Tensor | None, bucket_k: Tensor | None, *, chunk: int, look_back: int,
-                 look_ahead: int, is_causal: bool, self_rule: int, dedupe: bool, wrap: bool, scale: float,
+                 look_ahead: int, window: int, is_causal: bool, self_rule: int, dedupe: bool, wrap: bool, scale: float,
                  dropout_p: float, seed: int) -> None:
         self.B, self.Hq, self.L, self.D = q.shape
         self.H, self.S, self.E = v.shape[1:]
@@ -115,10 +115,12 @@ class _Call:
             # beyond the ends there is nothing to see, and no product of these may overflow
             most = triton.cdiv(max(self.L, self.S), self.chunk)
             self.look_back, self.look_ahead = min(look_back, most), min(look_ahead, most)
-            self.dense = self.identity and self.look_back == most and (is_causal or self.look_ahead == most)
+            self.dense = self.identity and not window and self.look_back == most and (is_causal or self.look_ahead == most)
         else:
             self.dense = False
-        self.wrap, self.scale, self.self_rule = wrap, scale, self_rule
+        self.wrap, self.scale, self.self_rule, self.near = wrap, scale, self_rule, window > 0
+        # the kernels count positions in 32 bits
+        self.apart = min(window, 2**31 - 1)
         self.causal, self.dedupe = is_causal, dedupe and self.R > 1
         self.dropout_p = dropout_p
         gain = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
@@ -177,17 +179,18 @@ class _Call:
         slots = [n // chunk + self.sequences if self.packed else triton.cdiv(n, chunk) for n in (self.L, self.S)]
         return chunk, triton.cdiv(chunk, tiles.own), *slots
 
-    def window(self, chunk: int) -> tuple[int, int]:
+    def limits(self, chunk: int) -> tuple[int, int, int]:
+        """Chunks before and after, and how far apart positions may be."""
         if not self.dense:
-            return self.look_back, self.look_ahead
+            return self.look_back, self.look_ahead, self.apart
         most = triton.cdiv(max(self.L, self.S), chunk)
-        return most, 0 if self.causal else most
+        return most, 0 if self.causal else most, 0
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
         return {"D": self.D, "BD": min(tiles.inner, padded(self.D)), "E": self.E, "BE": min(tiles.outer, padded(self.E)),
                 "BM": tiles.own, "BN": tiles.other, "IDENTITY": self.identity, "CENTRED": self.centred, "PACKED": self.packed,
-                "SCALED": self.key_scale is not None, "CAUSAL": self.causal, "SELF": self.self_rule, "BEFORE": self.R - 1 if self.dedupe else 0,
-                "BUCKETS": self.bucket_q is not None, "WRAP": self.wrap, "DROPOUT": self.dropout_p > 0, "DOT": self.dot,
+                "SCALED": self.key_scale is not None, "CAUSAL": self.causal, "NEAR": self.near, "SELF": self.self_rule,
+                "BEFORE": self.R - 1 if self.dedupe else 0, "BUCKETS": self.bucket_q is not None, "WRAP": self.wrap, "DROPOUT": self.dropout_p > 0, "DOT": self.dot,
                 "EMULATE": EMULATE, "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
 
     def floats(self, *shape: int) -> Tensor:
@@ -201,7 +204,7 @@ class _Call:
         for r in range(self.R):
             forward_kernel[(self.B * self.Hq * slots * per_chunk,)](
                 self.queries, self.keys, self.cu, self.bad, *sums, out, lse, slots, per_chunk, k_slots, self.sequences, chunk,
-                r, self.R, *self.window(chunk), self.scale, *self.random, LAST=r == self.R - 1, **self.options(tiles))
+                r, self.R, *self.limits(chunk), self.scale, *self.random, LAST=r == self.R - 1, **self.options(tiles))
 
     def centres(self, chunk: int, slots: int, k_slots: int) -> tuple[Tensor, Tensor]:
         """The chunks of queries of all rounds, ordered by the key chunk they are centred on, and where each begins.
@@ -252,7 +255,7 @@ class _Call:
             begun = r > 0 or (self.shared and not queries)
             gradient_kernel[(programs,)](
                 *sides, self.cu, self.bad, seen, *met, x_sum, y_sum, dx, dy, slots[0], per_chunk, slots[1], self.sequences,
-                chunk, r, self.R, int(begun), *self.window(chunk), self.scale, *self.random, QUERIES=queries, LAST=last,
+                chunk, r, self.R, int(begun), *self.limits(chunk), self.scale, *self.random, QUERIES=queries, LAST=last,
                 FINAL=last and not (self.shared and queries), **self.options(tiles))
 
 
@@ -273,8 +276,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """-> out [B, Hq, L, E], lse [B, Hq, L]
 
-    Options: chunk, look_back, look_ahead, is_causal, self_rule (0 ordinary, 1 fallback, 2 always and once), dedupe, wrap, scale,
-    dropout_p, seed.
+    Options: chunk, look_back, look_ahead, window (0: any distance), is_causal, self_rule (0 ordinary, 1 fallback, 2 always and
+    once), dedupe, wrap, scale, dropout_p, seed.
     """
     call = _Call(q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k, **options)
     out = torch.empty(call.B, call.Hq, call.L, call.E, dtype=q.dtype, device=q.device)

@@ -53,9 +53,8 @@ def _log_sum(ptr, at, inside):
 
 @triton.jit
 def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, own, begin, end, order, tables, r, r_b, L, S,
-          look_back, look_ahead, bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-          BE: tl.constexpr, BN: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr,
-          SCALED: tl.constexpr, CAUSAL: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr,
+          limits, bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr,
+          SCALED: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr,
           DROPOUT: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
     """A tile of the own side a meets the rows of the other side b at places [begin, begin + BN) before end.
 
@@ -92,8 +91,8 @@ def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, ow
         delta = tl.load(b.delta + b_row + j, mask=inside, other=0.0)[None, :]
     if MASKED:
         seen = known[:, None] & (flag != DEAD_FLAG)[None, :]
-        ok = allowed(i if QUERIES else j, j if QUERIES else i, seen, tables[0], tables[1], tables[2], tables[3], L, S,
-                     r if QUERIES else r_b, r_b if QUERIES else r, look_back, look_ahead, QUERIES, CAUSAL, SELF, BEFORE, BUCKETS)
+        ok = allowed(i if QUERIES else j, j if QUERIES else i, seen, tables, L, S, r if QUERIES else r_b,
+                     r_b if QUERIES else r, limits, QUERIES, CAUSAL, NEAR, SELF, BEFORE, BUCKETS)
         p = tl.where(ok, p, 0.0)
         if QUERIES and SELF == 1:
             some = some | tl.max(ok.to(tl.int32), 1)
@@ -135,13 +134,13 @@ def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, ow
     return moved, y_sum, some
 
 
-@triton.jit(do_not_specialize=["slots", "tiles", "b_slots", "sequences", "r", "R", "begun", "look_back", "look_ahead", "scale",
-                               "seed_low", "seed_high", "threshold", "gain"])
+@triton.jit(do_not_specialize=["slots", "tiles", "b_slots", "sequences", "r", "R", "begun", "look_back", "look_ahead", "window",
+                               "scale", "seed_low", "seed_high", "threshold", "gain"])
 def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, slots, tiles, b_slots, sequences, chunk, r,
-                    R, begun, look_back, look_ahead, scale, seed_low, seed_high, threshold, gain, D: tl.constexpr,
-                    BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                    R, begun, look_back, look_ahead, window, scale, seed_low, seed_high, threshold, gain,
+                    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                     QUERIES: tl.constexpr, IDENTITY: tl.constexpr, CENTRED: tl.constexpr, PACKED: tl.constexpr,
-                    SCALED: tl.constexpr, CAUSAL: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr,
+                    SCALED: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr,
                     BUCKETS: tl.constexpr, WRAP: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr,
                     FINAL: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
     """Round r of dq (QUERIES; a is q, dO) or of dk and dv (a is k, v), [B, heads, N, dim].
@@ -153,7 +152,8 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
     """
     PARTS: tl.constexpr = (D + BD - 1) // BD
     BLOCKS: tl.constexpr = (E + BE - 1) // BE
-    PLAIN: tl.constexpr = IDENTITY and SELF == 0 and not BUCKETS
+    PLAIN: tl.constexpr = IDENTITY and SELF == 0 and not BUCKETS and not NEAR
+    limits = (look_back, look_ahead, window)
     pid = tl.program_id(0).to(tl.int64)
     tile = pid % (slots * tiles)
     if QUERIES:
@@ -264,14 +264,14 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
                 for place in range(low.to(tl.int32), middle.to(tl.int32), BN):
                     x_part, y_part, some = _meet(
                         x_part, y_part, some, held, held_y, a, b, at, i, live, y_live, known, own, place, high, order, tables,
-                        r, r_b, L, S, look_back, look_ahead, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
-                        not QUERIES, IDENTITY, SCALED, CAUSAL, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
+                        r, r_b, L, S, limits, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
+                        not QUERIES, IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
             if CAUSAL or not PLAIN or not QUERIES:
                 for place in range(middle.to(tl.int32), high.to(tl.int32), BN):
                     x_part, y_part, some = _meet(
                         x_part, y_part, some, held, held_y, a, b, at, i, live, y_live, known, own, place, high, order, tables,
-                        r, r_b, L, S, look_back, look_ahead, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
-                        not PLAIN or QUERIES, IDENTITY, SCALED, CAUSAL, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
+                        r, r_b, L, S, limits, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
+                        not PLAIN or QUERIES, IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
 
     if QUERIES and SELF == 1:
         known = places < tl.where(r > 0, end, begin)

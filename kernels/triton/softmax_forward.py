@@ -10,10 +10,10 @@ from .tiles import operand, product, store
 
 
 @triton.jit
-def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tables, r, r_k, look_back, look_ahead,  # noqa: E741
+def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tables, r, r_k, limits,  # noqa: E741
           bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
           BN: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr, SCALED: tl.constexpr, CAUSAL: tl.constexpr,
-          SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
+          NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
           EMULATE: tl.constexpr):
     """The queries of a tile meet the keys at places [begin, begin + BN) before end."""
     PARTS: tl.constexpr = (D + BD - 1) // BD
@@ -42,8 +42,7 @@ def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tab
     s = s * column[None, :] + offset[None, :]
     if MASKED:
         seen = (flag != DEAD_FLAG)[None, :] & q_inside[:, None]
-        ok = allowed(i, j, seen, tables[0], tables[1], tables[2], tables[3], q.length, k.length, r, r_k, look_back, look_ahead,
-                     True, CAUSAL, SELF, BEFORE, BUCKETS)
+        ok = allowed(i, j, seen, tables, q.length, k.length, r, r_k, limits, True, CAUSAL, NEAR, SELF, BEFORE, BUCKETS)
         s = tl.where(ok, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(top == float("-inf"), 0.0, top)
@@ -62,18 +61,19 @@ def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tab
     return faded, top, l
 
 
-@triton.jit(do_not_specialize=["slots", "tiles", "k_slots", "sequences", "r", "R", "look_back", "look_ahead", "scale",
-                               "seed_low", "seed_high", "threshold", "gain"])
+@triton.jit(do_not_specialize=["slots", "tiles", "k_slots", "sequences", "r", "R", "look_back", "look_ahead", "window",
+                               "scale", "seed_low", "seed_high", "threshold", "gain"])
 def forward_kernel(q, k, cu, bad, sum_o, sum_m, sum_l, out, lse, slots, tiles, k_slots, sequences, chunk, r, R, look_back,
-                   look_ahead, scale, seed_low, seed_high, threshold, gain, D: tl.constexpr, BD: tl.constexpr,
+                   look_ahead, window, scale, seed_low, seed_high, threshold, gain, D: tl.constexpr, BD: tl.constexpr,
                    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, IDENTITY: tl.constexpr,
                    CENTRED: tl.constexpr, PACKED: tl.constexpr, SCALED: tl.constexpr, CAUSAL: tl.constexpr,
-                   SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, WRAP: tl.constexpr,
+                   NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, WRAP: tl.constexpr,
                    DROPOUT: tl.constexpr, LAST: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
     """Round r. out [B, Hq, L, E] and lse [B, Hq, L] if LAST, else the running sums of q's heads in the same shapes."""
     PARTS: tl.constexpr = (D + BD - 1) // BD
     BLOCKS: tl.constexpr = (E + BE - 1) // BE
-    PLAIN: tl.constexpr = IDENTITY and SELF == 0 and not BUCKETS
+    PLAIN: tl.constexpr = IDENTITY and SELF == 0 and not BUCKETS and not NEAR
+    limits = (look_back, look_ahead, window)
     pid = tl.program_id(0).to(tl.int64)
     tile = slots * tiles - 1 - pid % (slots * tiles)
     row = pid // (slots * tiles)
@@ -128,13 +128,13 @@ def forward_kernel(q, k, cu, bad, sum_o, sum_m, sum_l, out, lse, slots, tiles, k
             middle = low + tl.maximum(tl.minimum(begin + 1, high) - low, 0) // BN * BN if CAUSAL else high
             for place in range(low.to(tl.int32), middle.to(tl.int32), BN):
                 acc, m, l = _meet(acc, m, l, held, q, k, at, i, live, inside, place, high, order, tables, r, r_k,  # noqa: E741
-                                  look_back, look_ahead, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, False,
-                                  IDENTITY, SCALED, CAUSAL, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
+                                  limits, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, False,
+                                  IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
         if CAUSAL or not PLAIN:
             for place in range(middle.to(tl.int32), high.to(tl.int32), BN):
                 acc, m, l = _meet(acc, m, l, held, q, k, at, i, live, inside, place, high, order, tables, r, r_k,  # noqa: E741
-                                  look_back, look_ahead, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, True,
-                                  IDENTITY, SCALED, CAUSAL, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
+                                  limits, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, True,
+                                  IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
 
     fade = tl.full([BM], 1.0, tl.float32)
     weight = tl.zeros([BM], tl.float32)

@@ -134,26 +134,30 @@ def across(q, k, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def allowed(i, j, seen, q_rank, k_rank, q_bucket, k_bucket, L, S, r, r_k, look_back, look_ahead, QUERIES: tl.constexpr,
-            CAUSAL: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr):
-    """Which pairs of queries i and keys j count, of those that are `seen`."""
+def allowed(i, j, seen, tables, L, S, r, r_k, limits, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr,
+            SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr):
+    """Which pairs of queries i and keys j count, of those that are `seen`. limits: look_back, look_ahead, window."""
+    q_rank, k_rank, q_bucket, k_bucket = tables
+    look_back, look_ahead, window = limits
     ok = seen
     query, key = across(i, j, QUERIES)
     if CAUSAL:
         ok = ok & (key <= query)
+    if NEAR:
+        ok = ok & (key - query < window) & (query - key < window)
     if SELF != 0:
         ok = ok & (key != query)
     if BUCKETS:
         query, key = across(tl.load(q_bucket + r * L + i), tl.load(k_bucket + r_k * S + j), QUERIES)
         ok = ok & (query == key)
     for e in tl.static_range(BEFORE):
-            query, key = across(tl.load(q_rank + e * L + i), tl.load(k_rank + e * S + j), QUERIES)
-            ahead = key - query
-            met = (ahead >= -look_back) & (ahead <= look_ahead)
-            if BUCKETS:
-                query, key = across(tl.load(q_bucket + e * L + i), tl.load(k_bucket + e * S + j), QUERIES)
-                met = met & (query == key)
-            ok = ok & ((met == 0) | (e >= r))
+        query, key = across(tl.load(q_rank + e * L + i), tl.load(k_rank + e * S + j), QUERIES)
+        ahead = key - query
+        met = (ahead >= -look_back) & (ahead <= look_ahead)
+        if BUCKETS:
+            query, key = across(tl.load(q_bucket + e * L + i), tl.load(k_bucket + e * S + j), QUERIES)
+            met = met & (query == key)
+        ok = ok & ((met == 0) | (e >= r))
     return ok
 
 

@@ -12,11 +12,12 @@ Every backend (`native/softmax.py`, `kernels/triton/softmax.py`) has a `forward`
     bucket_q/_k   int32, alike: a pair needs equal buckets in its round; None: it does not
 
 and the options below. Query i meets key j in round r if -look_back <= rank_k[r, j] - rank_q[r, i] <= look_ahead, j is
-not padded, j <= i if is_causal, in one sequence, with equal buckets. dedupe counts a key met in several rounds once.
-Score scale q_i.k_j; lse_i is the log-sum-exp over all that i meets, o_i = sum_j exp(s_ij - lse_i) drop_ij v_j. wrap:
-chunks before the first of a round are the last ones of the round before, and so on around. drop_ij is 0 or
-1 / (1 - dropout_p) by a hash of seed, head and positions (`reference/lsh.py`, kept); lse is that before dropout.
-A query that meets no key gets 0. NaN reaches only rows with a weight on it. The same bits on every run.
+not padded, j <= i if is_causal, |i - j| < window if window > 0, in one sequence, with equal buckets. dedupe counts a
+key met in several rounds once. Score scale q_i.k_j; lse_i is the log-sum-exp over all that i meets,
+o_i = sum_j exp(s_ij - lse_i) drop_ij v_j. wrap: chunks before the first of a round are the last ones of the round
+before, and so on around. drop_ij is 0 or 1 / (1 - dropout_p) by a hash of seed, head and positions
+(`reference/lsh.py`, kept); lse is that before dropout. A query that meets no key gets 0. NaN reaches only rows with a
+weight on it. The same bits on every run.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Options(NamedTuple):
     chunk: int
     look_back: int
     look_ahead: int
+    window: int
     is_causal: bool
     self_rule: int
     dedupe: bool
@@ -66,8 +68,8 @@ _INPUTS = (
     "Tensor? order_k, Tensor? rank_q, Tensor? rank_k, Tensor? bucket_q, Tensor? bucket_k"
 )
 _OPTIONS = (
-    "int chunk, int look_back, int look_ahead, bool is_causal, int self_rule, bool dedupe, bool wrap, float scale, "
-    "float dropout_p, int seed, str impl"
+    "int chunk, int look_back, int look_ahead, int window, bool is_causal, int self_rule, bool dedupe, bool wrap, "
+    "float scale, float dropout_p, int seed, str impl"
 )
 torch.library.define("longattn::_softmax_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(

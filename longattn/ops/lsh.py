@@ -291,7 +291,7 @@ def run(call: Call) -> Tensor:
         return _run_reference(call, seed)
     self_rule = _tiles.SELF_FALLBACK if k is None else _tiles.SELF_ALWAYS if rounds.is_causal else _tiles.SELF_ORDINARY
     options = _tiles.Options(
-        rounds.chunk, rounds.look_back, rounds.look_ahead, rounds.is_causal, self_rule, rounds.dedupe, rounds.wrap,
+        rounds.chunk, rounds.look_back, rounds.look_ahead, 0, rounds.is_causal, self_rule, rounds.dedupe, rounds.wrap,
         scale, dropout_p, seed, explanation.chosen,
     )  # fmt: skip
     key_scale = None

@@ -25,6 +25,14 @@ class SoftmaxAttentionOutput(NamedTuple):
     weights: Tensor
 
 
+class Chunks(NamedTuple):
+    """A query sees the chunk of `size` tokens it is in, and so many before and after."""
+
+    size: int
+    before: int
+    after: int
+
+
 class _Call(NamedTuple):
     """One validated call, and where it would run."""
 
@@ -37,6 +45,8 @@ class _Call(NamedTuple):
     is_causal: bool
     scale: float
     enable_gqa: bool
+    window: int | None
+    chunks: Chunks | None
     explanation: _dispatch.Explanation
 
 
@@ -73,6 +83,8 @@ def _prepare(
     enable_gqa: bool = False,
     *,
     key_padding_mask: Tensor | None = None,
+    window: int | None = None,
+    chunks: Chunks | None = None,
     impl: str = "auto",
 ) -> _Call:
     q, k, v = query, key, value
@@ -83,6 +95,10 @@ def _prepare(
         _check.fail(op, f"dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")
     if not (scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))):
         _check.fail(op, f"scale must be a finite number or None, got {_check.describe(scale)}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        _check.fail(op, f"window must be a positive integer or None, got {window!r}")
+    if window is not None and attn_mask is not None:
+        _check.fail(op, "attn_mask and window exclude each other; put the window into attn_mask")
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -90,14 +106,21 @@ def _prepare(
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
-    reasons = {"cpu": _refuses_cpu(q, attn_mask), "torch": None, "reference": None}
+    no_window = "torch's kernels know no window; as attn_mask it would take O(L S) memory"
+    reasons = {
+        "cpu": _refuses("cpu", q, k, v, attn_mask),
+        "torch": None if window is None and chunks is None else no_window,
+        "triton": _refuses("triton", q, k, v, attn_mask),
+        "reference": None,
+    }
     if impl == "auto" and (dropout_p > 0 or _are_few(q.shape[2])):
         # torch's dropout draws torch's numbers, and its kernel is ahead for a few queries
-        reasons = {name: reasons[name] for name in ("torch", "cpu", "reference")}
+        reasons = {name: reasons[name] for name in ("torch", "cpu", "triton", "reference")}
     chosen = _dispatch.choose(op, impl, reasons)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     explanation = _dispatch.Explanation(op, chosen, reasons)
-    return _Call(q, k, v, attn_mask, key_padding_mask, dropout_p, bool(is_causal), scale, enable_gqa, explanation)
+    masks = (attn_mask, key_padding_mask, dropout_p, bool(is_causal))
+    return _Call(q, k, v, *masks, scale, enable_gqa, window, chunks, explanation)
 
 
 def _are_few(tokens: int) -> bool:
@@ -109,17 +132,22 @@ def _are_few(tokens: int) -> bool:
     return tokens < CHUNK
 
 
-def _refuses_cpu(q: Tensor, attn_mask: Tensor | None) -> str | None:
-    reason = _dispatch.refuses("cpu", q)
-    return reason or (None if attn_mask is None else "attn_mask runs in torch; causality and key padding run here")
+def _refuses(impl: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> str | None:
+    reason = _dispatch.refuses(impl, q)
+    if reason is None and attn_mask is not None:
+        return "attn_mask runs in torch; causality, windows and key padding run here"
+    return _tiles.engine(impl).refuses(q, k, v) if reason is None and impl == "triton" else reason
 
 
-def _run_cpu(call: _Call) -> Tensor:
+def _run_tiles(call: _Call) -> Tensor:
+    reach = EVERY if call.window is None else -(-(call.window - 1) // CHUNK)
+    size, before, after = call.chunks or (CHUNK, reach, reach)
     seed = int(torch.randint(2**62, (), dtype=torch.int64)) if call.dropout_p > 0 else 0
     options = _tiles.Options(
-        chunk=CHUNK,
-        look_back=EVERY,
-        look_ahead=0 if call.is_causal else EVERY,
+        chunk=size,
+        look_back=before,
+        look_ahead=0 if call.is_causal else after,
+        window=call.window or 0,
         is_causal=call.is_causal,
         self_rule=_tiles.SELF_ORDINARY,
         dedupe=False,
@@ -127,17 +155,17 @@ def _run_cpu(call: _Call) -> Tensor:
         scale=call.scale,
         dropout_p=float(call.dropout_p),
         seed=seed,
-        impl="cpu",
+        impl=call.explanation.chosen,
     )
     return _tiles.attend(call.q, call.k, call.v, call.padding, None, None, (None,) * 6, options)
 
 
 def _run(call: _Call) -> Tensor:
-    q, k, v, mask, padding, dropout_p, is_causal, scale, enable_gqa, explanation = call
+    q, k, v, mask, padding, dropout_p, is_causal, scale, enable_gqa, _, _, explanation = call
     if explanation.chosen == "reference":
         return _run_reference(call).output
-    if explanation.chosen == "cpu" and dropout_p < 1:
-        return _run_cpu(call)
+    if explanation.chosen in ("cpu", "triton") and dropout_p < 1:
+        return _run_tiles(call)
     if padding is not None:
         # a score of NaN stays NaN when -inf is added, so what padded keys hold must go first
         k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (k, v))
@@ -175,13 +203,26 @@ def _merge(mask: Tensor | None, padding: Tensor, L: int, is_causal: bool) -> Ten
 
 
 def _run_reference(call: _Call) -> SoftmaxAttentionOutput:
-    q, k, v, mask, padding, dropout_p, is_causal, scale, *_ = call
+    q, k, v, mask, padding, dropout_p, is_causal, scale, _, window, chunks, _ = call
+    if chunks is not None:
+        at = [torch.arange(n, device=q.device) // chunks.size for n in (q.shape[2], k.shape[2])]
+        ahead = at[1] - at[0][:, None]  # [L, S]
+        mask = (ahead >= -chunks.before) & (ahead <= chunks.after)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     with _dispatch.without_autocast(q.device.type):
-        output, weights = reference.softmax_attention(
-            q.to(acc), k.to(acc), v.to(acc), mask, padding, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-        )
+        rules = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "window": window}
+        output, weights = reference.softmax_attention(q.to(acc), k.to(acc), v.to(acc), mask, padding, **rules)
     return SoftmaxAttentionOutput(output.to(q.dtype), weights.to(q.dtype))
+
+
+def attend(op: str, *arguments, **options) -> Tensor:
+    """`softmax_attention` for a mechanism called `op`, with chunks too."""
+    return _run(_prepare(op, *arguments, **options))
+
+
+def attend_with_weights(op: str, *arguments, **options) -> SoftmaxAttentionOutput:
+    """`softmax_attention_with_weights`, likewise."""
+    return _run_reference(_prepare(op, *arguments, impl="reference", **options))
 
 
 def softmax_attention(
@@ -195,6 +236,7 @@ def softmax_attention(
     enable_gqa: bool = False,
     *,
     key_padding_mask: Tensor | None = None,
+    window: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` with a key padding mask and a promise about masked rows.
@@ -213,13 +255,16 @@ def softmax_attention(
     enable_gqa: Hq may be a multiple of H; query head h then reads key head h // (Hq / H). Keys are not repeated where
         torch's kernel shares them.
     key_padding_mask: bool `[B, S]`, True for a padded key: ignored whatever it holds (NaN too), with gradient 0.
-    impl: "auto", "cpu" (tiles in C++, without attn_mask), "torch" (torch's SDPA) or "reference" (dense); see
-        `longattn.explain`. "auto" takes "cpu" where it can run, from 64 queries on and without dropout.
+    window: query i sees keys j with |i - j| < window (so i and the window - 1 before it, if causal), in time
+        O((L + S) window). Excludes attn_mask; torch's kernels do not know it.
+    impl: "auto", "cpu" and "triton" (our own tiles, without attn_mask), "torch" (torch's SDPA) or "reference" (dense);
+        see `longattn.explain`. "auto" takes "cpu" where it can run, from 64 queries on and without dropout, else
+        "torch", and on a GPU "triton" for a window.
 
     Returns `[B, Hq, L, E]` in the inputs' dtype (autocast's under autocast). A query that sees no key gets 0, and
     gradient 0.
-    impl="cpu": memory of O(L + S) for every argument it takes, also dropout (its own counter, seeded by torch's
-    generator); the same bits for any number of threads; a future NaN stays in the future; no second derivative.
+    impl="cpu" or "triton": memory of O(L + S) for every argument it takes, also dropout (its own counter, seeded by
+    torch's generator); the same bits for any number of threads; a future NaN stays in the future; no second derivative.
     impl="torch": torch's fused kernels need O(L + S). For key_padding_mask this function copies key and value and
     builds a mask of `[B, 1, 1, S]`. Together with is_causal or attn_mask it copies query, key and value (with up to 8
     more features) on the CPU; elsewhere it builds a mask of `[B, 1, L, S]`, or of attn_mask's shape with B. On the CPU,
@@ -228,21 +273,9 @@ def softmax_attention(
     causality alone hides may reach every row.
     Raises ValueError or TypeError in a sentence.
     """
-    return _run(
-        _prepare(
-            "softmax_attention",
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            key_padding_mask=key_padding_mask,
-            impl=impl,
-        )
-    )
+    options = {"key_padding_mask": key_padding_mask, "window": window, "impl": impl}
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return attend("softmax_attention", *arguments, **options)
 
 
 def softmax_attention_with_weights(
@@ -256,26 +289,15 @@ def softmax_attention_with_weights(
     enable_gqa: bool = False,
     *,
     key_padding_mask: Tensor | None = None,
+    window: int | None = None,
 ) -> SoftmaxAttentionOutput:
     """`softmax_attention` that also returns its weights `[B, Hq, L, S]`, after dropout, so O(L S) time and memory.
 
     Arguments, dtypes and errors as in `softmax_attention`. A query that sees no key has weights 0.
     """
-    return _run_reference(
-        _prepare(
-            "softmax_attention_with_weights",
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            key_padding_mask=key_padding_mask,
-            impl="reference",
-        )
-    )
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    options = {"key_padding_mask": key_padding_mask, "window": window}
+    return attend_with_weights("softmax_attention_with_weights", *arguments, **options)
 
 
 _dispatch.plan(

@@ -20,12 +20,15 @@ def attention_weights(
     *,
     is_causal: bool,
     scale: float,
+    window: int | None = None,                 # |i - j| < window
 ) -> Tensor:
     """-> weights [B, Hq, L, S]"""
     L, S, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     allowed = torch.ones(q.shape[0], 1, L, S, dtype=torch.bool, device=q.device)               # [B, 1, L, S]
     if is_causal:
         allowed = allowed.tril()
+    if window is not None:
+        allowed = allowed.triu(1 - window).tril(window - 1)
     if key_padding_mask is not None:
         allowed = allowed & ~key_padding_mask[:, None, None, :]
         k = k.masked_fill(key_padding_mask[:, None, :, None], 0)
@@ -51,9 +54,11 @@ def softmax_attention(
     dropout_p: float,
     is_causal: bool,
     scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> output [B, Hq, L, E], weights [B, Hq, L, S] after dropout"""
-    weights = attention_weights(q, k, attn_mask, key_padding_mask, is_causal=is_causal, scale=scale)
+    rules = {"is_causal": is_causal, "scale": scale, "window": window}
+    weights = attention_weights(q, k, attn_mask, key_padding_mask, **rules)
     weights = torch.dropout(weights, dropout_p, train=True)
     if key_padding_mask is not None:
         v = v.masked_fill(key_padding_mask[:, None, :, None], 0)
