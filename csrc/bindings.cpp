@@ -96,7 +96,8 @@ SoftmaxProblem softmax_problem(const py::dict& fields) {
   x.key_scale = get("key_scale"), x.order_q = get("order_q"), x.order_k = get("order_k");
   x.rank_q = get("rank_q"), x.rank_k = get("rank_k"), x.bucket_q = get("bucket_q"), x.bucket_k = get("bucket_k");
   x.chunk = fields["chunk"].cast<int64_t>(), x.look_back = fields["look_back"].cast<int64_t>();
-  x.look_ahead = fields["look_ahead"].cast<int64_t>(), x.is_causal = fields["is_causal"].cast<bool>();
+  x.look_ahead = fields["look_ahead"].cast<int64_t>(), x.window = fields["window"].cast<int64_t>();
+  x.is_causal = fields["is_causal"].cast<bool>();
   x.dedupe = fields["dedupe"].cast<bool>(), x.wrap = fields["wrap"].cast<bool>();
   x.self = static_cast<SelfRule>(fields["self_rule"].cast<int>()), x.scale = fields["scale"].cast<double>();
   x.dropout_p = fields["dropout_p"].cast<double>(), x.seed = fields["seed"].cast<uint64_t>();
