@@ -7,6 +7,7 @@
 #if defined(LONGATTN_WITH_CUDA)
 #include "cuda/linear.h"
 #include "cuda/lsh.h"
+#include "cuda/reversible.h"
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -139,6 +140,14 @@ void lsh_sort(const py::dict& fields, int64_t n_keys, int64_t chunk, int threads
   kernels.lsh_sort(x);
 }
 
+bool reversible_add(const py::dict& fields, double grid, double limit, bool subtract, int threads) {
+  Views get{fields};
+  ReversibleAdd x{get("x"), get("f"), get("out"), grid, limit, subtract, threads};
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  return kernels.reversible_add(x);
+}
+
 #if defined(LONGATTN_WITH_CUDA)
 void launched(int error, const char* what) {
   if (error) throw std::runtime_error(std::string("longattn: ") + what + " did not launch: " + cuda::error_string(error));
@@ -169,6 +178,12 @@ void lsh_sort_cuda(const py::dict& fields, int64_t n_keys, int64_t chunk, uintpt
   x.keys = get("keys"), x.cu_seqlens = get("cu_seqlens"), x.order = get("order"), x.rank = get("rank");
   x.workspace = get("workspace"), x.n_keys = n_keys, x.chunk = chunk;
   launched(cuda::lsh_sort(x, stream), "lsh_sort");
+}
+
+void reversible_add_cuda(const py::dict& fields, double grid, double limit, bool subtract, uintptr_t stream) {
+  Views get{fields};
+  cuda::ReversibleAdd x{get("x"), get("f"), get("out"), get("flag"), grid, limit, subtract};
+  launched(cuda::reversible_add(x, stream), "reversible_add");
 }
 #endif
 
@@ -203,6 +218,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_step", linear_step);
   m.def("lsh_sort_cuda_workspace", cuda::lsh_sort_workspace);
   m.def("lsh_sort_cuda", lsh_sort_cuda);
+  m.def("reversible_add_cuda", reversible_add_cuda);
 #else
   m.def("cuda_built", [] { return false; });
 #endif
@@ -222,4 +238,5 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("lsh_hash", lsh_hash);
   m.def("lsh_sort", lsh_sort);
+  m.def("reversible_add", reversible_add);
 }

@@ -12,10 +12,12 @@ from .nn.local import Local
 from .nn.lsh import LSH
 from .nn.mechanisms import Linear
 from .nn.replay import recomputing
+from .nn.replay import recomputing
 from .nn.report import FidelityReport, fidelity_report
 from .ops._dispatch import explain
 from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
 from .ops.lsh import lsh_attention
+from .ops.reversible import reversible_add
 from .ops.reversible import reversible_add
 from .ops.softmax import softmax_attention
 from .state import FavorState, LinearState
@@ -40,6 +42,8 @@ __all__ = [
     "lsh_buckets",
     "lsh_recall",
     "nn",
+    "recomputing",
+    "reversible_add",
     "recomputing",
     "reversible_add",
     "softmax_attention",

@@ -2,6 +2,7 @@
 #pragma once
 #include "linear.h"
 #include "lsh.h"
+#include "reversible.h"
 #include "softmax.h"
 
 namespace longattn {
@@ -20,6 +21,7 @@ struct Kernels {
   void (*lsh_hash)(const LshHash&);
   void (*lsh_sort)(const LshSort&);
   int64_t (*lsh_workspace)(int64_t head_dim, int64_t n_keys, int threads);
+  bool (*reversible_add)(const ReversibleAdd&);
   double (*peak_gflops)(int64_t repeats);
 };
 

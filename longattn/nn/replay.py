@@ -1,0 +1,158 @@
+"""Running a module a second time as it ran the first: autocast, the random numbers drawn, whether it is a replay."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_here = threading.local()
+
+
+def recomputing() -> bool:
+    """Whether this thread runs a module of a reversible or chunked layer for the second time, in a backward pass.
+
+    For modules with side effects: batch normalisation updates its statistics in both runs unless it asks.
+    """
+    return getattr(_here, "depth", 0) > 0
+
+
+class Autocast(NamedTuple):
+    """(device type, enabled, dtype) as a forward found them; no entry where nothing was cast."""
+
+    states: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def now(cls, device: str) -> Autocast:
+        types = [name for name in dict.fromkeys((device, "cpu")) if torch.amp.is_autocast_available(name)]
+        return cls(tuple((x, torch.is_autocast_enabled(x), torch.get_autocast_dtype(x)) for x in types))
+
+    @property
+    def casts(self) -> bool:
+        return any(enabled for _, enabled, _ in self.states)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for device, enabled, dtype in self.states:
+                if enabled or torch.is_autocast_enabled(device):
+                    # what a first run cast without a graph must not serve the second
+                    context = torch.autocast(device, enabled=enabled, dtype=dtype, cache_enabled=False)
+                    stack.enter_context(context)
+            yield
+
+
+class Draws(NamedTuple):
+    """The state of torch's generators on the CPU and on the GPUs of a call."""
+
+    states: tuple[tuple[int | None, Tensor], ...]
+
+    @classmethod
+    def now(cls, devices: tuple[int, ...]) -> Draws:
+        gpus = ((index, torch.cuda.get_rng_state(index)) for index in devices)
+        return cls(((None, torch.get_rng_state()), *gpus))
+
+    def differ(self, other: Draws) -> bool:
+        return any(not torch.equal(a, b) for (_, a), (_, b) in zip(self.states, other.states, strict=True))
+
+    def restore(self) -> None:
+        for index, state in self.states:
+            if index is None:
+                torch.set_rng_state(state)
+            else:
+                torch.cuda.set_rng_state(state, index)
+
+
+class Ran(NamedTuple):
+    """A module as a forward found it, for the backward pass that runs it again."""
+
+    module: nn.Module
+    training: bool
+    parameters: list[Tensor]
+    versions: list[int]
+
+    @classmethod
+    def now(cls, module: nn.Module, parameters: Iterable[Tensor]) -> Ran:
+        parameters = list(parameters)
+        return cls(module, module.training, parameters, [p._version for p in parameters])
+
+    def check(self) -> None:
+        now = trained(self.module)
+        if len(now) != len(self.parameters) or any(a is not b for a, b in zip(now, self.parameters, strict=True)):
+            what = "other parameters than its forward had (functional_call, or a new device or dtype)"
+        elif [p._version for p in self.parameters] != self.versions:
+            what = "parameters that changed since its forward; step the optimiser after backward"
+        elif self.module.training != self.training:
+            what = "another mode than its forward had; call train() or eval() after backward"
+        else:
+            return
+        raise RuntimeError(f"{type(self.module).__name__}: the backward pass runs it again, and it has {what}")
+
+
+def trained(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def first_run(autocast: Autocast) -> Iterator[None]:
+    """Around a run without a graph: a cast of a parameter made here must not reach others by autocast's cache."""
+    caches = autocast.casts and torch.is_autocast_cache_enabled()
+    if caches:
+        torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        if caches:
+            torch.set_autocast_cache_enabled(True)
+
+
+def gpus_of(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(sorted({x.device.index for x in tensors if x.device.type == "cuda"}))
+
+
+@contextlib.contextmanager
+def replay(autocast: Autocast, draws: Draws | None) -> Iterator[None]:
+    """Autocast and generators as they were, and gradients on; afterwards both are where they were found."""
+    found = None if draws is None else Draws.now(tuple(i for i, _ in draws.states if i is not None))
+    _here.depth = getattr(_here, "depth", 0) + 1
+    try:
+        if draws is not None:
+            draws.restore()
+        with torch.enable_grad():
+            if any(enabled or torch.is_autocast_enabled(device) for device, enabled, _ in autocast.states):
+                with autocast.again():
+                    yield
+            else:
+                yield
+    finally:
+        _here.depth -= 1
+        if found is not None:
+            found.restore()
+
+
+@contextlib.contextmanager
+def without_hooks(tensors: list[Tensor]) -> Iterator[None]:
+    """Gradients taken inside a node pass these tensors' hooks by; they run on what the node returns."""
+    held = [(x._backward_hooks, dict(x._backward_hooks)) for x in tensors if x._backward_hooks]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in held:
+            hooks.update(kept)
+
+
+def gradients(output: Tensor, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor | None]:
+    """torch.autograd.grad, where there may be nothing to take: no gradient came, or none is wanted, or none depends."""
+    if grad is None or not inputs or not output.requires_grad:
+        return [None] * len(inputs)
+    grad = grad if grad.dtype == output.dtype else grad.to(output.dtype)
+    if not any(x._backward_hooks for x in inputs):
+        return [*torch.autograd.grad(output, inputs, grad, allow_unused=True)]
+    with without_hooks(inputs):
+        return [*torch.autograd.grad(output, inputs, grad, allow_unused=True)]
