@@ -15,7 +15,7 @@ MECHANISMS = {
     "linear": EFFICIENT,
     "relu": longattn.Linear("relu", normalize=False),
     "lsh": LSH,
-    "local": longattn.Local(3),
+    "local": longattn.Local(4),
 }
 ONE, TWO = torch.zeros(2, 5, E), torch.zeros(2, 7, E)
 
