@@ -2,21 +2,26 @@
 
 from .attention import MultiheadAttention
 from .chunked import ChunkedFeedForward, chunked_cross_entropy
+from .local import Local
 from .lsh import LSH, LSHSelfAttention
 from .mechanisms import Exact, Linear, Mechanism
+from .positions import AxialPositionalEmbedding, Rotary
 from .replay import recomputing
 from .reversible import ReversibleBlock, ReversibleSequence
 
 __all__ = [
     "LSH",
+    "AxialPositionalEmbedding",
     "ChunkedFeedForward",
     "Exact",
     "LSHSelfAttention",
     "Linear",
+    "Local",
     "Mechanism",
     "MultiheadAttention",
     "ReversibleBlock",
     "ReversibleSequence",
+    "Rotary",
     "chunked_cross_entropy",
     "recomputing",
 ]
