@@ -95,7 +95,7 @@ def favor_forward_and_backward(
 
 
 def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: bool, kind: str) -> None:
-    """kind: "shared" or "separate" LSH of two rounds, or "dense"."""
+    """kind: "shared" or "separate" LSH of two rounds, "dense", or "local"."""
     B, H, L, R, chunk = 1, 2, 300, 4, 64
     q, k, v = (torch.zeros(B, h, L, d, dtype=dtype) for h, d in ((H if kind == "shared" else 2 * H, D), (H, D), (H, E)))
     key_scale, tables = None, (None,) * 6
@@ -103,6 +103,8 @@ def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: boo
                "dedupe": True, "self_rule": 2, "wrap": False, "scale": 1.0, "dropout_p": 0.0, "seed": 0}
     if kind == "dense":
         options |= {"look_back": L, "look_ahead": 0 if causal else L, "self_rule": 0}
+    elif kind == "local":
+        options |= {"window": chunk, "self_rule": 0}
     else:
         of_q, of_k = (torch.zeros(B, x.shape[1], R, L, dtype=torch.int32) for x in (q, k))
         tables = (of_q, of_k, of_q, of_k, None, None)
@@ -123,7 +125,7 @@ if __name__ == "__main__":
     for case in sys.argv[2:]:
         name, D, E, causal, state, *of_favor = case.split(",")
         print(f"-- {case}", flush=True)
-        if state in ("shared", "separate", "dense"):
+        if state in ("shared", "separate", "dense", "local"):
             softmax_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", state)
             continue
         common = (getattr(torch, name), int(D), int(E), causal == "causal", state == "state")
