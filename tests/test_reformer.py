@@ -152,9 +152,13 @@ def test_a_model_that_is_exactly_reversible_writes_as_it_reads():
     assert torch.equal(model.generate(text(), 20, temperature=0), recomputed(model, text(), 20))
 
 
-def test_lsh_decodes_from_the_rows_of_their_time():
-    # one layer keeps rows that no later token changes, so each step equals the last row of the whole
-    model, tokens = reformer(mechanisms=("lsh",), depth=1, n_hashes=2).eval(), text(L=40)
+FOREIGN = {"dedupe": False, "wrap": True, "norm_eps": 1e-5, "scale": 1.0}
+
+
+@pytest.mark.parametrize("lsh", [{}, {"within": "bucket", "look_back": 2}, FOREIGN])
+def test_a_last_layer_of_lsh_decodes_the_last_row_of_each_prefix(lsh):
+    # its rows come from layers whose rows no later token changes
+    model, tokens = reformer(mechanisms=("local", "lsh"), n_hashes=2, lsh=lsh).eval(), text(L=40)
     cache = model.cache()
     found = [model.step(tokens[:, :5], cache)] + [model.step(tokens[:, t : t + 1], cache) for t in range(5, 40)]
     for t in range(4, 40):
@@ -291,7 +295,8 @@ def their_rotations(call, extra):
     """Those of a generator that `hash_seed` = 0 starts anew in each call, as that code does."""
     R, D, factors = call.rounds.n_hashes, call.q.shape[3], call.rounds.factors
     torch.manual_seed(0)
-    return torch.randn(call.q.shape[1], D, R, sum(factors) // 2).transpose(1, 2).contiguous()
+    drawn = torch.randn(call.q.shape[1], D, R, sum(factors) // 2, dtype=torch.float64)
+    return drawn.transpose(1, 2).float().contiguous()
 
 
 @pytest.mark.parametrize("L", [12, 16, 48, 39])
@@ -306,11 +311,12 @@ def test_weights_of_hugging_face_give_their_logits(axial, L, monkeypatch):
         local_num_chunks_before=2, initializer_range=0.3,
     )  # fmt: skip
     torch.manual_seed(0)
-    theirs = transformers.ReformerModelWithLMHead(theirs_config).eval()
+    # in float32 its sum of rounds is off by 3e-3 where a token sees only itself: -1e5 + log(2) rounds
+    theirs = transformers.ReformerModelWithLMHead(theirs_config).double().eval()
     ours = Reformer.from_huggingface(theirs).eval()
     monkeypatch.setattr("longattn.ops.lsh._rotations", their_rotations)
     tokens = text(L=L)
     with torch.no_grad():
         expected = theirs(tokens).logits
-        assert_near(ours(tokens), expected, 1e-4)
     assert expected.std() > 0.1
+    assert_near(ours(tokens), expected, 1e-10)
