@@ -276,9 +276,10 @@ class LSHCache(Cache):
         # itself only where there is no other
         seen = seen & (position != t)
         position = torch.where(seen, position, t)
+        batch, head = (torch.arange(n, device=x.device) for n in x.shape[:2])
 
         def rows(x: Tensor) -> Tensor:
-            return x.gather(2, position[..., None].expand(*position.shape, x.shape[3])).to(acc)
+            return x[batch[:, None, None], head[:, None], position].to(acc)
 
         s = call.scale * (rows(x) @ call.q.to(acc).mT)[..., 0] * rows(key_scale)[..., 0]       # [B, H, N]
         alone = ~seen.any(-1, keepdim=True)
