@@ -93,6 +93,13 @@ class Ran(NamedTuple):
         raise RuntimeError(f"{type(self.module).__name__}: the backward pass runs it again, and it has {what}")
 
 
+def once(what: str) -> None:
+    """At the head of a backward pass that autograd cannot look into; it may only be asked whether it should."""
+    if torch.is_grad_enabled():
+        remedy = "leave create_graph=False, or use the layer without recomputation"
+        raise RuntimeError(f"{what} has no second derivative: {remedy}")
+
+
 def trained(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
 

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..ops import _check
 from ..ops import reversible as op
-from .replay import Autocast, Draws, Ran, first_run, gpus_of, gradients, replay, trained
+from .replay import Autocast, Draws, Ran, first_run, gpus_of, gradients, once, replay, trained
 
 MERGES = ("mean", "cat", None)
 
@@ -108,8 +107,8 @@ class _Block(torch.autograd.Function):
         return x1, x2
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d1, d2):
+        once("ReversibleBlock")
         block, call, streams, needs = ctx.ran.module, ctx.call, ctx.streams, ctx.needs_input_grad[3:]
         nothing = (None,) * (len(needs) + 3)
         if d1 is None and d2 is None:
@@ -237,8 +236,22 @@ def _run(blocks, x1, x2, f_kwargs: dict, g_kwargs: dict, merge: str | None, is_r
     return _leave(x1, x2, merge, call.dtype)
 
 
-# no part of a graph of torch.compile; the branches may be compiled by themselves
-_run._torchdynamo_disable = True
+_disabled: list = []
+
+
+def _outside_graphs():
+    if not _disabled:
+        _disabled.append(torch.compiler.disable(_run))
+    return _disabled[0]
+
+
+# a graph must not make it anew in every call
+_outside_graphs._torchdynamo_disable = True
+
+
+def _stack(*arguments):
+    """`_run`, never in a graph of torch.compile, which would see through the nodes; branches may be compiled."""
+    return (_outside_graphs() if torch.compiler.is_compiling() else _run)(*arguments)
 
 
 class ReversibleBlock(nn.Module):
@@ -277,7 +290,7 @@ class ReversibleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x1, x2: `[...]` of one shape and dtype -> y1, y2, alike. Other keyword arguments go to f, with f_kwargs;
         g_kwargs to g."""
-        return _run([self], x1, x2, kwargs | (f_kwargs or {}), g_kwargs or {}, None, True)
+        return _stack([self], x1, x2, kwargs | (f_kwargs or {}), g_kwargs or {}, None, True)
 
     def extra_repr(self) -> str:
         return f"exact=True, grid={self.grid}" if self.exact else ""
@@ -315,7 +328,7 @@ class ReversibleSequence(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x: `[..., D]` -> `[..., D]` (`[..., 2 D]`, or two tensors, by `merge`). Other keyword arguments go to every
         f, with f_kwargs; g_kwargs to every g."""
-        return _run([*self.blocks], x, x, kwargs | (f_kwargs or {}), g_kwargs or {}, self.merge, self.reversible)
+        return _stack([*self.blocks], x, x, kwargs | (f_kwargs or {}), g_kwargs or {}, self.merge, self.reversible)
 
     def extra_repr(self) -> str:
         return f"merge={self.merge!r}" + ("" if self.reversible else ", reversible=False")
