@@ -13,7 +13,7 @@ os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 import torch
 import triton
-from longattn.kernels import favor, linear, lsh, softmax
+from longattn.kernels import favor, linear, lsh, reversible, softmax
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -117,6 +117,12 @@ def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: boo
     softmax.backward(out, *tensors, out, lse, **options)
 
 
+def sums_of_streams(dtype: torch.dtype) -> None:
+    for grid in (0.0, 2.0**-13):
+        for subtract in (False, True):
+            reversible.add(torch.zeros(5000), torch.zeros(5000, dtype=dtype), grid, 2.0**11, subtract, True)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
     knobs.nvidia.dump_ptxas_log = True
@@ -127,6 +133,9 @@ if __name__ == "__main__":
         print(f"-- {case}", flush=True)
         if state in ("shared", "separate", "dense", "local"):
             softmax_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", state)
+            continue
+        if state == "reversible":
+            sums_of_streams(getattr(torch, name))
             continue
         common = (getattr(torch, name), int(D), int(E), causal == "causal", state == "state")
         if of_favor:

@@ -67,6 +67,12 @@ def test_tile_attention_compiles_without_spills(capability):
         assert kernel in compiled
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_sums_of_reversible_streams_compile_without_spills(capability):
+    compiled = compile_cases(capability, ("float32,1,1,whole,reversible", "bfloat16,1,1,whole,reversible"))
+    assert compiled.count("add_kernel") == 8
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
 @pytest.mark.parametrize("arch", ["80", "90a", "100"])
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
