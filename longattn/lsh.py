@@ -12,6 +12,11 @@ from .reference import lsh as reference
 
 # pairs that `lsh_recall` looks at in one go
 BLOCK = 1 << 22
+RECALL_OPTIONS = {
+    "n_hashes", "chunk_size", "n_buckets", "look_back", "look_ahead", "within", "dedupe", "is_causal",
+    "key_padding_mask", "scale", "dropout_p", "seed", "rotations", "buckets", "cu_seqlens", "enable_gqa", "attn_mask",
+    "impl",
+}  # fmt: skip
 
 
 def lsh_buckets(
@@ -52,10 +57,15 @@ def lsh_recall(q: Tensor, k: Tensor | None = None, **options) -> Tensor:
     sum_{j in S_i} p_ij, where p is the softmax over all keys that padding, causality and packing allow (with k=None a
     query sees itself only where it sees no other). It answers whether hashing works on this data.
 
-    q: `[B, Hq, L, D]`; k: `[B, H, S, D]`, or None for shared QK. options: those of `longattn.lsh_attention`.
+    q: `[B, Hq, L, D]`; k: `[B, H, S, D]`, or None for shared QK. options: those of `longattn.lsh_attention` (dropout
+        changes nothing here).
     O(n_hashes L S) time, in torch; memory O(S) for a block of rows, beside ranks `[B, Hq, n_hashes, L]`. Raises
     ValueError or TypeError in a sentence.
     """
+    unknown = ", ".join(options.keys() - RECALL_OPTIONS)
+    if unknown:
+        known = ", ".join(sorted(RECALL_OPTIONS))
+        raise TypeError(f"lsh_recall: got {unknown}, which is none of {known}")
     call = prepare("lsh_recall", q, k, q if k is None else k, **options)
     q, k, mask, cu_seqlens, acc = call.q, call.k, call.mask, call.cu_seqlens, accumulator(call.q.dtype)
     shared, (B, Hq, L, _), S = k is None, q.shape, call.v.shape[2]

@@ -239,7 +239,8 @@ def run(case: Case, x: dict) -> dict[str, Tensor]:
         q, k = (q.masked_fill(padded, NAN), None) if case.shared else (q, k.masked_fill(padded, NAN))
         v = v.masked_fill(padded, INF)
     q, k, v, grad = (None if y is None else y.transpose(1, 3).contiguous().transpose(1, 3) for y in (q, k, v, grad))
-    tensors = (q, k, v, x["mask"], x["cu"], scale, *(x[name] for name in ORDERS))
+    cu = None if x["cu"] is None else x["cu"].repeat_interleave(2)[::2]
+    tensors = (q, k, v, x["mask"], cu, scale, *(x[name] for name in ORDERS))
     names = ("chunk", "look_back", "look_ahead", "window", "self_rule", "dedupe", "wrap", "scale")
     options = {name: getattr(case, name) for name in names}
     options |= {"is_causal": case.causal, "dropout_p": case.dropout, "seed": SEED}

@@ -30,10 +30,16 @@ FAVOR_CASES = {
     100: ("bfloat16,64,64,causal,state,positive,256,estimated",),
 }
 
-# tile attention: LSH of one set of rows or of two, or dense; the hash rides with the first
+# tile attention: LSH of one set of rows or of two, dense, or local; the hash rides with the first
 SOFTMAX_CASES = {
     80: ("bfloat16,64,64,causal,shared",),
-    90: ("bfloat16,64,64,causal,shared", "bfloat16,128,128,causal,shared", "float32,64,64,causal,shared"),
+    90: (
+        "bfloat16,64,64,causal,shared",
+        "bfloat16,128,128,causal,shared",
+        "float32,64,64,causal,shared",
+        "bfloat16,64,64,causal,dense",
+        "bfloat16,64,64,causal,local",
+    ),
     100: ("bfloat16,64,64,causal,shared",),
 }
 

@@ -1,12 +1,13 @@
 """The laws of LSH attention: what may change a result and what may not, which keys a query sees, bad input."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
 
-from longattn import explain, lsh_attention, lsh_buckets, lsh_recall, softmax_attention
+from longattn import explain, linear_attention, lsh_attention, lsh_buckets, lsh_recall, softmax_attention
 from longattn.ops import _lsh
 from longattn.ops._tiles import SELF_ORDINARY, Options
 from longattn.ops.lsh import orders, prepare, run
@@ -112,7 +113,8 @@ def test_future_tokens_do_not_change_past_outputs(shared, kernel, device):
 
 @BOTH
 def test_one_thread_and_two_give_the_same_bits(case, kernel, device):
-    inputs = changed(build_lsh(case, torch.float32, device), buckets=None)
+    # more tiles than a task takes, so that a sequence is cut
+    inputs = changed(build_lsh(dataclasses.replace(case, L=301, chunk_size=4), torch.float32, device), buckets=None)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -240,7 +242,8 @@ def test_recall_rises_with_rounds_to_all_of_the_mass(impl, device):
 def test_recall_is_the_mass_of_the_pairs_counted(shared, options, impl, device):
     case = LshCase(f"recall, {shared}, {options}", L=70, shared=shared, chunk_size=8, mask="random", **options)
     inputs = build_lsh(case, torch.float64 if impl == "reference" else torch.float32, device).clean()
-    recall = lsh_recall(*inputs[:2], **inputs.options, impl=impl)
+    public = {name: x for name, x in inputs.options.items() if name not in ("wrap", "norm_eps")}
+    recall = lsh_recall(*inputs[:2], **public, impl=impl)
     for r in range(case.n_hashes):
         buckets = inputs.options["buckets"]
         part = tuple(x[:, :, : r + 1] for x in buckets) if isinstance(buckets, tuple) else buckets[:, :, : r + 1]
@@ -395,3 +398,28 @@ def test_explain_names_the_engine_and_what_sorts():
     assert usual.reasons["cuda"]
     expected = "counting sort" if _lsh.sorter("cpu") == "cpu" else "torch.sort(stable=True)"
     assert usual.chosen == "reference" or expected in str(usual)
+
+
+# torch deprecates parts of itself that forward mode loads
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_derivatives_the_kernels_do_not_have_are_refused_and_never_zero():
+    q, _, v = (x.double() for x in qkv(L=100, D=8, E=8))
+    tangent = torch.ones_like(q)
+    for call in (lambda q: lsh_attention(q, None, v), lambda q: linear_attention(q, q, v)):
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(call, (q,), (tangent,))
+    # where torch has the derivative, it is taken: also of lengths that run in our own kernel otherwise
+    call = lambda q: softmax_attention(q, q, v).square().sum()  # noqa: E731
+    leaf = q.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(call)(q), torch.autograd.grad(call(leaf), leaf)[0])
+
+
+def test_an_own_key_without_weight_hands_nothing_on(kernel, device):
+    q, k, v = qkv(B=1, H=1, L=9, D=4, device=device)
+    k[:, :, 5], v[:, :, 5] = -1e6 * q[:, :, 5], NAN
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    output = lsh_attention(*leaves, is_causal=True, chunk_size=16, impl=kernel)
+    assert output[:, :, 5].isfinite().all()
+    dq, dk, _ = torch.autograd.grad(output[:, :, 5].sum(), leaves)
+    assert dq.isfinite().all()
+    assert dk.isfinite().all()

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_cross_attention_hashes_both_sides(x):
     output, weights = module(x, memory, memory)
     assert output.shape == x.shape
     assert weights.shape == (2, L, 70)
-    with pytest.raises(ValueError, match="LSH: got 45 queries and 70 keys; share_qk=True is for self-attention"):
+    with pytest.raises(ValueError, match="no keys but its queries; pass the same tensor, or take share_qk=False"):
         multihead(share_qk=True).attention(x, memory, memory)
 
 
@@ -341,3 +342,56 @@ def test_what_reformer_pytorch_has_alone_is_refused_in_a_sentence(options):
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"from_reformer_pytorch: {name}.* has no counterpart here"):
         LSHSelfAttention.from_reformer_pytorch(package.LSHSelfAttention(E, heads=H, **options))
+
+
+def test_a_window_that_wraps_meets_a_chunk_twice_where_there_are_two():
+    x = draw((2, 13, E), seed=3)[0].double()
+    module = LSHSelfAttention(E, H, n_hashes=1, chunk_size=8, wrap=True, dedupe=False, dtype=torch.float64).eval()
+    results = []
+    for module.impl in ("cpu", "reference"):
+        output = module(x)
+        results.append([output, *gradients(module, output)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_module_built_on_the_meta_device_comes_to_life():
+    with torch.device("meta"):
+        module = LSHSelfAttention(E, H)
+    other = LSHSelfAttention(E, H)
+    module.to_empty(device="cpu").load_state_dict(other.state_dict())
+    x = draw((2, 13, E), seed=3)[0]
+    assert_same_bits("output", module.eval()(x), other.eval()(x))
+    with torch.device("meta"):
+        attention = longattn.nn.MultiheadAttention(E, H, mechanism=longattn.LSH())
+    attention.load_state_dict(torch.nn.MultiheadAttention(E, H).state_dict(), assign=True)
+    assert attention(x, x, x, need_weights=False)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"n_buckets": 2.5}, "n_buckets must be even and positive"),
+        ({"n_buckets": "many"}, "n_buckets must be even and positive"),
+        ({"n_buckets": [3, 4]}, "n_buckets must be even numbers when it is their product, got (3, 4)"),
+        ({"n_buckets": []}, "n_buckets must be even numbers when it is their product, got ()"),
+        ({"n_buckets": 1 << 25}, "n_buckets must be at most 2^24"),
+        ({"look_back": 1 << 64}, "look_back must be a whole number of at least 0 chunks and below 2^31"),
+        ({"scale": 10**400}, "scale must be a finite number or None"),
+        ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+        ({"dropout": 1.5}, "dropout must be a probability from 0 to 1, got 1.5"),
+        ({"norm_eps": -1.0}, "norm_eps must be a number from 0 on, got -1.0"),
+    ],
+)
+def test_bad_arguments_of_the_module_are_refused_in_a_sentence(options, sentence):
+    with pytest.raises(ValueError, match="LSHSelfAttention: .*" + re.escape(sentence)):
+        LSHSelfAttention(**{"embed_dim": E, "num_heads": H} | options)
+
+
+def test_bad_inputs_of_the_module_are_refused_in_a_sentence(x):
+    module = LSHSelfAttention(E, H)
+    for bad in (x[0], x[..., :2]):
+        with pytest.raises(ValueError, match=re.escape("x must be [batch, length, embed_dim")):
+            module(bad)
+    with pytest.raises(TypeError, match="key_padding_mask must be bool"):
+        module(x, torch.zeros(x.shape[:2]))

@@ -187,6 +187,8 @@ struct TileBackward {
       row_of(x.q, head.b, head.h, at, tiles.D, q), row_of(tiles.shared ? x.q : x.k, head.b, head.kv, at, tiles.D, k);
       T score = dot(q, k, tiles.D) * factor;
       T p = std::exp(score - lse), kept = dropout.factor(at, at);
+      // what has no weight hands nothing on, whatever it holds
+      if (p == 0) continue;
       for (int64_t e = 0; e < tiles.E; ++e) sums.dv[at * tiles.E + e] += p * kept * g[e];
       row_of(x.v, head.b, head.kv, at, tiles.E, o);
       T ds = p * (kept * dot(g, o, tiles.E) - delta) * factor;
@@ -323,7 +325,7 @@ struct TileBackward {
     int64_t at = w.k_origin.position[j];
     T *dk = w.dk.row(j), *k = w.k.row(j), *to = sums.dk + at * tiles.D, factor = w.factor[j], along = 0;
     // the length of a unit key does not change
-    if (x.key_scale && x.scale != 0) along = dot(dk, k, tiles.D) / static_cast<T>(x.scale * x.scale);
+    if (x.key_scale && x.scale != 0) along = dot(dk, k, tiles.D) / static_cast<T>(x.scale) / static_cast<T>(x.scale);
     for (int64_t d = 0; d < tiles.D; ++d) to[d] += factor * (dk[d] - along * k[d]);
     T *dv = w.dv.row(j), *value = sums.dv + at * tiles.E;
     for (int64_t e = 0; e < tiles.E; ++e) value[e] += dv[e];

@@ -101,7 +101,8 @@ class _Call:
         self.device, self.segment = q.device, segment
         self.packed, self.causal, self.exact = cu_seqlens is not None, is_causal, exact_diagonal
         self.sequences = cu_seqlens.numel() - 1 if self.packed else self.B
-        self.cu, self.root, self.v = cu_seqlens, root, rows_of(v)
+        self.cu = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.root, self.v = root, rows_of(v)
         ieee = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         self.dot = "bf16" if q.dtype == torch.bfloat16 else "ieee" if ieee else "tf32"
         self.DP, self.size = padded(self.D), triton.cdiv(self.P, PROJECTIONS) * PROJECTIONS

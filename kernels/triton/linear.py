@@ -481,7 +481,7 @@ class _Call:
         self.device, self.segment, self.scale = q.device, segment, scale
         self.packed, self.causal, self.normalize = cu_seqlens is not None, is_causal, normalize
         self.sequences = cu_seqlens.numel() - 1 if self.packed else self.B
-        self.cu = cu_seqlens
+        self.cu = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         ieee = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         self.dot = "bf16" if q.dtype == torch.bfloat16 else "ieee" if ieee else "tf32"

@@ -100,7 +100,7 @@ class _Call:
         self.B, self.Hq, self.L, self.D = q.shape
         self.H, self.S, self.E = v.shape[1:]
         self.q, self.k, self.v, self.key_scale = q, q if k is None else k, v, key_scale
-        self.shared, self.device, self.cu = k is None, q.device, cu_seqlens
+        self.shared, self.device, self.cu = k is None, q.device, None if cu_seqlens is None else cu_seqlens.contiguous()
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         self.identity = order_q is None
         self.centred = order_k is not None and not self.identity
@@ -110,7 +110,8 @@ class _Call:
         self.R = 1 if self.identity else order_q.shape[2]
         self.packed = cu_seqlens is not None
         self.sequences = cu_seqlens.numel() - 1 if self.packed else 1
-        self.chunk, self.look_back, self.look_ahead = max(chunk, 1), look_back, look_ahead
+        # one chunk of all is the largest
+        self.chunk, self.look_back, self.look_ahead = max(min(chunk, max(self.L, self.S)), 1), look_back, look_ahead
         if not wrap:
             # beyond the ends there is nothing to see, and no product of these may overflow
             most = triton.cdiv(max(self.L, self.S), self.chunk)

@@ -146,6 +146,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         mechanism = self.mechanism
         exact = mechanism.takes_attn_mask
+        if not (mechanism.takes_keys or same_query):
+            remedy = "pass the same tensor, or take share_qk=False"
+            _check.fail("MultiheadAttention", f"{mechanism!r} has no keys but its queries; {remedy}")
         if need_weights and not exact and L * S > WEIGHTS_LIMIT:
             limit = f"{mechanism!r} forms them up to L * S = {WEIGHTS_LIMIT}; pass need_weights=False"
             _check.fail("MultiheadAttention", f"need_weights=True would form {L} x {S} weights, and {limit}")

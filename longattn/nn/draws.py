@@ -26,7 +26,7 @@ class Draws(nn.Module):
         super().__init__()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         # what the buffer follows: it stays on the CPU, where reading it waits for nothing
-        self._count, self._seen = torch.zeros((), dtype=torch.int64), None
+        self._count, self._seen = torch.zeros((), dtype=torch.int64, device="cpu"), None
 
     def observe(self, module: nn.Module, *_) -> None:
         """Before each forward of `module`: a forward pre-hook."""
@@ -52,7 +52,8 @@ class Draws(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # a checkpoint of another attention has no steps
-        saved = state_dict.setdefault(prefix + "step", self.step)
+        none = torch.zeros((), dtype=torch.int64, device="cpu")
+        saved = state_dict.setdefault(prefix + "step", none if self.step.is_meta else self.step)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._count, self._seen = saved.detach().clone().cpu(), None
+        self._count, self._seen = saved.detach().to("cpu", copy=True), None
 

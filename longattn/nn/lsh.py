@@ -23,7 +23,14 @@ PER_CHUNK = "per chunk"
 
 
 def _check_fields(op: str, x) -> None:
-    n_buckets = x.n_buckets if isinstance(x.n_buckets, int) else None
+    n_buckets = x.n_buckets
+    if isinstance(n_buckets, tuple):
+        even = all(type(n) is int and n >= 2 and n % 2 == 0 for n in n_buckets)
+        if not n_buckets or not even:
+            _check.fail(op, f"n_buckets must be even numbers when it is their product, got {n_buckets!r}")
+        n_buckets = math.prod(n_buckets)
+    elif n_buckets == PER_CHUNK:
+        n_buckets = None
     check_options(op, x.n_hashes, x.chunk_size, n_buckets, x.look_back, x.look_ahead, x.within, x.scale, 0.0, x.seed)
     if x.resample not in RESAMPLE:
         _check.fail(op, f"resample must be one of {', '.join(map(repr, RESAMPLE))}, got {x.resample!r}")
@@ -32,7 +39,7 @@ def _check_fields(op: str, x) -> None:
 
 
 def _factors(n_buckets, keys: int, chunk: int) -> list[int]:
-    if isinstance(n_buckets, (list, tuple)):
+    if isinstance(n_buckets, tuple):
         return list(n_buckets)
     if n_buckets == PER_CHUNK:
         n_buckets = max(2 * math.ceil(keys / (2 * chunk)), 2)
@@ -49,7 +56,7 @@ def _options(x, draws: Draws | None, q: Tensor, shared: bool, v: Tensor, dropout
         options["rotations"] = draws.rotations(q, *sizes, x.seed)
     if dropout_p > 0:
         # torch's generator, as any dropout: what restores it for a replay restores the weights that were dropped
-        options["seed"] = int(torch.randint(2**62, ()))
+        options["seed"] = int(torch.randint(2**62, (), device="cpu"))
         if "rotations" not in options:
             sizes = (v.shape[1], x.n_hashes, q.shape[3] + (not shared), sum(factors) // 2)
             options["rotations"] = torch.ops.longattn._lsh_rotations(q, *sizes, x.seed)
@@ -61,7 +68,8 @@ class LSH(Mechanism):
     """LSH attention, `longattn.lsh_attention`: softmax over the keys whose hash is near, linear in the length.
 
     n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, dedupe, scale, impl: as in `longattn.lsh_attention`.
-    share_qk: the query projection serves for keys too (self-attention only; the key projection is left unused).
+    share_qk: the query projection serves for keys too (self-attention only: the key projection is left unused, and
+        the module refuses a key that is not its query).
     seed: of the rotations. Attentions with one seed and one number of heads draw the same.
     resample: "step" draws new rotations for every training step (`longattn.nn.draws.Draws`, whose count is saved with
         the module), "never" keeps those of evaluation.
@@ -92,6 +100,10 @@ class LSH(Mechanism):
 
     def submodules(self) -> dict[str, nn.Module]:
         return {"draws": Draws()} if self.resample == "step" else {}
+
+    @property
+    def takes_keys(self) -> bool:
+        return not self.share_qk
 
     def attend(self, q, k, v, *, is_causal, key_padding_mask, dropout_p, attn_mask=None) -> Tensor:
         return run(self._call(q, k, v, is_causal, key_padding_mask, dropout_p))
@@ -157,11 +169,19 @@ class LSHSelfAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        name = "LSHSelfAttention"
+        for what, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("head_dim", head_dim)):
+            if size is not None and (type(size) is not int or size < 1):
+                _check.fail(name, f"{what} must be a positive integer, got {size!r}")
         if head_dim is None and embed_dim % num_heads:
-            _check.fail("LSHSelfAttention", f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}")
+            _check.fail(name, f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}")
+        if not (isinstance(dropout, (int, float)) and 0 <= dropout <= 1):
+            _check.fail(name, f"dropout must be a probability from 0 to 1, got {dropout!r}")
+        if not (isinstance(norm_eps, (int, float)) and 0 <= norm_eps < math.inf):
+            _check.fail(name, f"norm_eps must be a number from 0 on, got {norm_eps!r}")
         if wrap and (dedupe or within != "window"):
             why = "wrap looks over the edges of rounds"
-            _check.fail("LSHSelfAttention", f"{why}, so it takes dedupe=False and within='window'")
+            _check.fail(name, f"{why}, so it takes dedupe=False and within='window'")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim or embed_dim // num_heads
         self.causal, self.dropout, self.n_hashes, self.chunk_size = bool(causal), dropout, n_hashes, chunk_size
         self.n_buckets = tuple(n_buckets) if isinstance(n_buckets, (list, tuple)) else n_buckets
@@ -178,6 +198,10 @@ class LSHSelfAttention(nn.Module):
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, buckets: Tensor | None = None) -> Tensor:
         """x: `[B, L, embed_dim]`; key_padding_mask: bool `[B, L]`, True = padded (attention 0 there); buckets: int
         `[B, num_heads, n_hashes, L]` in place of hashing. Returns `[B, L, embed_dim]`."""
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
+            came = _check.describe(x)
+            _check.fail("LSHSelfAttention", f"x must be [batch, length, embed_dim {self.embed_dim}], got {came}")
+        _check.padding_mask("LSHSelfAttention", key_padding_mask, x[:, None])
         if self.resample == "step":
             self.draws.observe(self)
         if key_padding_mask is not None:

@@ -33,6 +33,8 @@ class Mechanism(abc.ABC):
 
     # whether any [L, S] mask can be honoured; otherwise causality and key padding only
     takes_attn_mask: ClassVar[bool] = False
+    # whether keys may come from another tensor than queries
+    takes_keys: ClassVar[bool] = True
 
     @abc.abstractmethod
     def attend(

@@ -5,6 +5,7 @@ A sentence is put together only where a check has failed: it costs more than a w
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 import torch
@@ -17,6 +18,11 @@ def describe(x) -> str:
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r}"
+
+
+def is_finite_or_none(x) -> bool:
+    # an int may be too large for a float
+    return x is None or (isinstance(x, (int, float)) and abs(x) <= sys.float_info.max)
 
 
 def fail(op: str, sentence: str, error: type[Exception] = ValueError) -> NoReturn:
@@ -64,7 +70,9 @@ def padding_mask(op: str, mask: Tensor | None, k: Tensor) -> None:
     if fits and mask.dtype == torch.bool and mask.device == k.device:
         return
     expected = f"bool [B, S] = {[k.shape[0], k.shape[2]]} with True for padded keys"
-    hint = "; pass mask == float('-inf')" if mask.is_floating_point() else f", but key is on {k.device}"
+    hint = "; pass mask == float('-inf')" if mask.is_floating_point() else ""
+    if mask.device != k.device:
+        hint = f", but key is on {k.device}"
     error = ValueError if mask.dtype == torch.bool else TypeError
     fail(op, f"key_padding_mask must be {expected}, got {describe(mask)}{hint}", error)
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..native import softmax as native_softmax
+from ._autograd import tracked
 from ._prefix import accumulator
 
 
@@ -167,6 +168,6 @@ def attend(
     # torch.compile takes no tensor twice
     rank_k, bucket_k = None if rank_k is rank_q else rank_k, None if bucket_k is bucket_q else bucket_k
     tensors = (q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)):
+    if tracked(q, k, v):
         return _SoftmaxAttention.apply(*tensors, options)[0]
     return torch.ops.longattn._softmax_forward(*tensors, *options)[0]

@@ -17,6 +17,7 @@ from ..native import favor as native_favor
 from ..reference import favor as reference
 from ..state import FavorState
 from . import _check, _dispatch
+from ._autograd import tracked
 from ._prefix import accumulator, aligned, segment_of, sequences, slots
 
 
@@ -315,7 +316,7 @@ def _attend(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             output, *sums = reference.favor_attention(*tensors, **names)
         return output.to(q.dtype), *(x.contiguous() for x in sums)
     tensors = (q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
+    if tracked(*tensors):
         results = _FavorAttention.apply(*tensors, options)
     else:
         results = torch.ops.longattn._favor_forward(*tensors, *options, False)

@@ -15,6 +15,7 @@ from ..native import linear_cuda as native_cuda
 from ..reference import linear as reference
 from ..state import FavorState, LinearState
 from . import _check, _dispatch, favor
+from ._autograd import tracked
 from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
 
 
@@ -268,7 +269,7 @@ def _refuses(impl, q, k, v, cu_seqlens, is_causal, state) -> str | None:
             return "the CUDA C++ kernel decodes one token with a state; longer inputs run in Triton"
         if q.shape[3] > native_cuda.MAX_DIM:
             return f"head_dim {q.shape[3]} is above {native_cuda.MAX_DIM}"
-        grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))
+        grads = tracked(q, k, v, *state)
         return "the CUDA C++ decode step has no backward; longer inputs and gradients run in Triton" if grads else None
     return engine(impl).refuses(q, k, v)
 
@@ -284,7 +285,7 @@ def _run(call: _Call | favor.Call) -> LinearAttentionOutput:
     if options.is_causal and L != S:
         return LinearAttentionOutput(*aligned(call, _run))
     tensors = (q, k, v, mask, cu_seqlens, kv, k_sum)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
+    if tracked(*tensors):
         output, _, _, _, kv, k_sum = _LinearAttention.apply(*tensors, options)
     else:
         output, _, _, _, kv, k_sum = torch.ops.longattn._linear_forward(*tensors, *options, False)

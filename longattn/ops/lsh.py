@@ -13,6 +13,7 @@ from . import _check, _dispatch, _lsh, _tiles
 from ._prefix import accumulator
 
 WITHIN = ("window", "bucket")
+MOST_BUCKETS = 1 << 24
 
 
 class Rounds(NamedTuple):
@@ -60,8 +61,9 @@ class Call(NamedTuple):
 
 
 def _whole(op: str, name: str, x, least: int, unit: str = "") -> None:
-    if not isinstance(x, int) or isinstance(x, bool) or x < least:
-        _check.fail(op, f"{name} must be a whole number of at least {least}{unit}, got {_check.describe(x)}")
+    if not isinstance(x, int) or isinstance(x, bool) or not least <= x < 2**31:
+        bounds = f"at least {least}{unit} and below 2^31"
+        _check.fail(op, f"{name} must be a whole number of {bounds}, got {_check.describe(x)}")
 
 
 def check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed) -> None:
@@ -73,9 +75,12 @@ def check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, wi
     if n_buckets is not None and (not isinstance(n_buckets, int) or n_buckets < 2 or n_buckets % 2):
         why = "the hash compares projections and their negatives"
         _check.fail(op, f"n_buckets must be even and positive ({why}), got {_check.describe(n_buckets)}")
+    if n_buckets is not None and n_buckets > MOST_BUCKETS:
+        why = "a bucket for every token is more than sorting needs"
+        _check.fail(op, f"n_buckets must be at most 2^24 ({why}), got {n_buckets}")
     if within not in WITHIN:
         _check.fail(op, f"within must be one of {', '.join(map(repr, WITHIN))}, got {within!r}")
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+    if not _check.is_finite_or_none(scale):
         _check.fail(op, f"scale must be a finite number or None, got {_check.describe(scale)}")
     if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1):
         _check.fail(op, f"dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from ..reference import softmax as reference
 from . import _check, _dispatch, _tiles
+from ._autograd import transformed
 
 # tokens of a tile on the CPU
 CHUNK = 64
@@ -93,7 +93,7 @@ def _prepare(
     _check_mask(op, attn_mask, q, k, is_causal)
     if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1):
         _check.fail(op, f"dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")
-    if not (scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))):
+    if not _check.is_finite_or_none(scale):
         _check.fail(op, f"scale must be a finite number or None, got {_check.describe(scale)}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         _check.fail(op, f"window must be a positive integer or None, got {window!r}")
@@ -113,8 +113,8 @@ def _prepare(
         "triton": _refuses("triton", q, k, v, attn_mask),
         "reference": None,
     }
-    if impl == "auto" and (dropout_p > 0 or _are_few(q.shape[2])):
-        # torch's dropout draws torch's numbers, and its kernel is ahead for a few queries
+    if impl == "auto" and (dropout_p > 0 or _are_few(q.shape[2]) or transformed()):
+        # torch's dropout draws torch's numbers, its kernel is ahead for a few queries and knows torch.func
         reasons = {name: reasons[name] for name in ("torch", "cpu", "triton", "reference")}
     chosen = _dispatch.choose(op, impl, reasons)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -142,7 +142,7 @@ def _refuses(impl: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | Non
 def _run_tiles(call: _Call) -> Tensor:
     reach = EVERY if call.window is None else -(-(call.window - 1) // CHUNK)
     size, before, after = call.chunks or (CHUNK, reach, reach)
-    seed = int(torch.randint(2**62, (), dtype=torch.int64)) if call.dropout_p > 0 else 0
+    seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")) if call.dropout_p > 0 else 0
     options = _tiles.Options(
         chunk=size,
         look_back=before,
