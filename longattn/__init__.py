@@ -18,7 +18,6 @@ from .ops._dispatch import explain
 from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
 from .ops.lsh import lsh_attention
 from .ops.reversible import reversible_add
-from .ops.reversible import reversible_add
 from .ops.softmax import softmax_attention
 from .state import FavorState, LinearState
 
@@ -45,6 +44,5 @@ __all__ = [
     "recomputing",
     "reversible_add",
     "recomputing",
-    "reversible_add",
     "softmax_attention",
 ]
