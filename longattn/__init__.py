@@ -12,7 +12,6 @@ from .nn.local import Local
 from .nn.lsh import LSH
 from .nn.mechanisms import Linear
 from .nn.replay import recomputing
-from .nn.replay import recomputing
 from .nn.report import FidelityReport, fidelity_report
 from .ops._dispatch import explain
 from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
@@ -43,6 +42,5 @@ __all__ = [
     "nn",
     "recomputing",
     "reversible_add",
-    "recomputing",
     "softmax_attention",
 ]
