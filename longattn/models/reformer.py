@@ -140,14 +140,14 @@ class Reformer(nn.Module):
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
         self.config = config
-        width, std = config.dim * (2 if config.merge == "cat" else 1), config.dim**-0.5
+        width = config.dim * (2 if config.merge == "cat" else 1)
         self.embedding = nn.Embedding(config.vocab, config.dim)
-        nn.init.normal_(self.embedding.weight, std=std)
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         self.positions = None
         if config.positions == "axial":
-            self.positions = AxialPositionalEmbedding(config.axial_shape, config.axial_dims or config.dim, std=std)
+            self.positions = AxialPositionalEmbedding(config.axial_shape, config.axial_dims or config.dim)
         elif config.positions == "learned":
-            self.positions = AxialPositionalEmbedding((config.max_length,), config.dim, std=std)
+            self.positions = AxialPositionalEmbedding((config.max_length,), config.dim)
         rotary = Rotary(config.head_dim) if config.positions == "rotary" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = ReversibleSequence(
