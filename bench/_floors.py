@@ -93,6 +93,47 @@ class Tiles(NamedTuple):
         return 2 * (self.D + self.E) * pairs
 
 
+class Stack(NamedTuple):
+    """A training step of layers of attention (projections D x 4D, pairs of each token) and feed-forward (D x hidden).
+
+    The backward pass is twice the forward; that activations are computed again is a choice and not in it.
+    """
+
+    n: int
+    B: int
+    D: int
+    hidden: int
+    layers: int
+    pairs: float
+    dtype: str = "float32"
+
+    @property
+    def token_heads(self) -> int:
+        return self.n * self.B
+
+    @property
+    def E(self) -> int:
+        return self.D
+
+    @property
+    def inputs(self) -> int:
+        return self.D
+
+    @property
+    def weights(self) -> int:
+        """Of the matrices, without biases and norms."""
+        return self.layers * self.D * (4 * self.D + 2 * self.hidden)
+
+    @property
+    def parameter_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * (self.weights + self.layers * (9 * self.D + self.hidden))
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass."""
+        return 2.0 * self.token_heads * (self.weights + self.layers * 2 * self.pairs * self.D)
+
+
 class Rates(NamedTuple):
     """What the machine does per second: floating point operations, bytes read plus written."""
 
@@ -132,9 +173,12 @@ def _tiles(shape: Tiles, rates: Rates) -> dict[str, float]:
     return {"forward": _time(flops + hashing, moved, rates), "backward": _time(2.5 * flops, 2 * moved, rates)}
 
 
-def floor(shape: Shape | Tiles, direction: str, rates: Rates, chunk: int = CHUNK) -> float:
+def floor(shape: Shape | Tiles | Stack, direction: str, rates: Rates, chunk: int = CHUNK) -> float:
     """Seconds no kernel of this algorithm can go under. direction: "forward", "backward" or "forward+backward"."""
-    if isinstance(shape, Tiles):
+    if isinstance(shape, Stack):
+        forward = shape.flops / rates.flops
+        seconds = {"forward": forward, "backward": 2 * forward}
+    elif isinstance(shape, Tiles):
         seconds = _tiles(shape, rates)
     else:
         seconds = {
@@ -153,7 +197,7 @@ def decode_floor(shape: Shape, rates: Rates) -> float:
     return _time(4 * state + heads * 4 * shape.D * shape.P, 2 * 4 * state, rates)
 
 
-def output_bytes(shape: Shape | Tiles, direction: str) -> int:
+def output_bytes(shape: Shape | Tiles | Stack, direction: str) -> int:
     """The memory no call can do without: its results. The gradients are dq, dk (unless shared), dv."""
     out = shape.token_heads * shape.E * ITEM_BYTES[shape.dtype]
     gradients = shape.token_heads * shape.inputs * ITEM_BYTES[shape.dtype]
