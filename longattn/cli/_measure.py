@@ -129,7 +129,8 @@ def _reset_high_water() -> bool:
     return True
 
 
-def _high_water() -> int:
+def high_water() -> int:
+    """Bytes of resident memory at its highest so far."""
     if sys.platform == "linux":
         return _status("VmHWM")
     if sys.platform == "win32":
@@ -167,7 +168,7 @@ class PeakMemory:
         return self
 
     def __exit__(self, *error) -> None:
-        self.bytes = max(0, _high_water() - self.start)
+        self.bytes = max(0, high_water() - self.start)
 
 
 # one measurement

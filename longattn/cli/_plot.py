@@ -38,6 +38,16 @@ def save(
     figure.savefig(path)
 
 
+def save_curve(path: str, *, title: str, steps: Sequence[Step], entropies: tuple[float, float]) -> None:
+    """Bits per byte against steps alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), dpi=140, layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    _loss(figure.subplots(), steps, None, entropies)
+    figure.savefig(path)
+
+
 def _curves(axis, points: Sequence[Point], field: str) -> None:
     for name, color in zip(MECHANISMS, COLORS, strict=False):
         own = [p for p in points if p.mechanism == name]
@@ -82,7 +92,7 @@ def _short(n: int) -> str:
 
 
 def _loss(axis, steps: Sequence[Step], result: Result | None, entropies: tuple[float, float]) -> None:
-    _label(axis, "Training with linear attention: bits per byte")
+    _label(axis, "Training: bits per byte")
     axis.set(xlabel="step")
     axis.xaxis.get_major_locator().set_params(integer=True)
     for value, name in zip(entropies, ("entropy of single bytes", "entropy of byte pairs"), strict=True):

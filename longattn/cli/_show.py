@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -109,8 +109,8 @@ class Display:
             yield lambda: live.update(table(points, shape), refresh=True)
 
     @contextlib.contextmanager
-    def training(self, length: int) -> Iterator:
-        """Yields a function to call with each Step."""
+    def training(self, length: int, note: Callable[[], str] = str) -> Iterator:
+        """Yields a function to call with each Step. length: bytes of a step. note: what else to say beside it."""
         if not self.console.is_terminal:
             logged = 0.0
 
@@ -118,7 +118,7 @@ class Display:
                 nonlocal logged
                 if step.step == 1 or step.done >= min(1.0, logged + SHARE_LOGGED):
                     logged = step.done
-                    self.line(f"step {step.step:>4}  {step.seconds:6.1f} s  {_progress_text(step, length)}")
+                    self.line(f"step {step.step:>4}  {step.seconds:6.1f} s  {_progress_text(step, length)}{note()}")
 
             yield log
             return
@@ -126,7 +126,7 @@ class Display:
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task("", total=1.0, text="")
             yield lambda step: progress.update(
-                task, completed=step.done, text=f"step {step.step}, {_progress_text(step, length)}"
+                task, completed=step.done, text=f"step {step.step}, {_progress_text(step, length)}{note()}"
             )
 
 

@@ -6,23 +6,19 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
-import os
 import sys
-from pathlib import Path
 
 import torch
 
 import longattn
 
 from .. import native
-from . import _text, require
+from . import _arguments, _text, require
 from ._text import InputError, Text
 
 LENGTH = 65_536
 SECONDS = 70.0
 PICTURE = "longattn-demo.png"
-FORMATS = (".png", ".pdf", ".svg")
 SHORTEST = 64
 # the dense reference is for truth: beyond this length it takes minutes and gigabytes
 REFERENCE_LENGTH = 4096
@@ -67,50 +63,14 @@ def add_parser(subparsers) -> None:
 # what the user asked for
 
 
-def _integer(option: str, given: str, lowest: int, highest: int) -> int:
-    try:
-        value = int(given)
-    except ValueError:
-        value = lowest - 1
-    if not lowest <= value <= highest:
-        raise InputError(f"{option} must be a whole number from {lowest} to {highest}, got {given!r}")
-    return value
-
-
-def _seconds(given: str) -> float:
-    try:
-        value = float(given)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise InputError(f"--seconds must be a positive number of seconds, got {given!r}")
-    return value
-
-
-def _picture(given: str) -> str:
-    path = Path(given)
-    if path.is_dir():
-        path = path / PICTURE
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--output {given} must end in {', '.join(FORMATS)} or be a folder that exists")
-    if not path.parent.is_dir():
-        raise InputError(f"--output {given} lies in a folder that does not exist")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"--output {given} cannot be written")
-    return str(path)
-
-
 def _settings(args) -> Settings:
-    threads = torch.get_num_threads()
-    if args.threads is not None:
-        threads = _integer("--threads", args.threads, 1, max(threads, os.cpu_count() or 1))
     return Settings(
-        length=_integer("--length", args.length, SHORTEST, 2**40),
-        steps=None if args.steps is None else _integer("--steps", args.steps, 1, 10**9),
-        seconds=_seconds(args.seconds),
-        seed=_integer("--seed", args.seed, 0, 2**63 - 1),
-        threads=threads,
-        picture=_picture(args.output),
+        length=_arguments.integer("--length", args.length, SHORTEST, 2**40),
+        steps=None if args.steps is None else _arguments.integer("--steps", args.steps, 1, 10**9),
+        seconds=_arguments.positive("--seconds", args.seconds, "number of seconds"),
+        seed=_arguments.integer("--seed", args.seed, 0, 2**63 - 1),
+        threads=_arguments.threads(args.threads),
+        picture=_arguments.picture("--output", args.output, PICTURE),
     )
 
 
