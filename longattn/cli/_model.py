@@ -1,4 +1,4 @@
-"""The Reformer that `longattn train` and `longattn memory` speak of: its options, and the configuration they make."""
+"""The Reformer that a command is to make: its options, and the configuration they make."""
 
 from __future__ import annotations
 

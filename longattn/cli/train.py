@@ -26,8 +26,8 @@ def add_parser(subparsers) -> None:
         "train",
         help="a Reformer learns the bytes of a file",
         description="Trains longattn.models.Reformer on windows of a file, or on the whole of it as one sequence "
-        "(--length its size - 1). Keeps a checkpoint; Ctrl-C writes one, and --resume goes on from it as if nothing had "
-        "been, bit for bit. What is not named again with --resume stays as it was.",
+        "(--length its size - 1). Keeps a checkpoint; Ctrl-C writes one, and --resume goes on from it as if nothing "
+        "had been, bit for bit. What is not named again with --resume stays as it was.",
     )
     parser.add_argument("--text", metavar="FILE", help="what to learn, any file (default: Python's standard library)")
     _model.add_options(parser)
