@@ -45,7 +45,7 @@ def add_parser(subparsers) -> None:
 # what was measured
 
 
-def measured(settings: dict, threads: int) -> Iterator[int]:
+def measured(settings: dict, threads: int, scratch: int) -> Iterator[int]:
     """Yields the bytes by which the resident memory of a training step exceeds that of this process with torch warm.
 
     Parameters, gradients and optimiser are among them.
@@ -61,17 +61,18 @@ def measured(settings: dict, threads: int) -> Iterator[int]:
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)
     warm = min(settings["length"], WARM_UP_LENGTH)
-    _steps(settings | {"length": warm, "batch": 1, "layers": len(settings["mechanisms"].split(","))}, [warm])
+    layers = len(settings["mechanisms"].split(","))
+    _steps(settings | {"length": warm, "batch": 1, "layers": layers}, [warm], scratch)
     # the kernels' scratch is part of what a step needs
     native._scratch.held = None
     gc.collect()
     with _measure.PeakMemory() as peak:
         # the first gives the optimiser its state, as in all steps but the first of a training
-        _steps(settings, [warm, settings["length"]])
+        _steps(settings, [warm, settings["length"]], scratch)
     yield peak.bytes
 
 
-def _steps(settings: dict, lengths: Sequence[int]) -> None:
+def _steps(settings: dict, lengths: Sequence[int], scratch: int) -> None:
     import torch
 
     from .. import native
@@ -86,10 +87,8 @@ def _steps(settings: dict, lengths: Sequence[int]) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), _training.LARGEST_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        # whole steps leave all pages of the kernels' scratch in use
-        scratch = getattr(native._scratch, "held", None)
-        if scratch is not None:
-            scratch.zero_()
+        # the kernels keep what a whole step before has made them take
+        native.workspace(scratch).zero_()
 
 
 # what is said
@@ -171,7 +170,7 @@ def run(args) -> int:
     code = 0
     if args.measure:
         try:
-            found = _measure.call(measured, settings, threads)
+            found = _measure.call(measured, settings, threads, budget.scratch)
         except _measure.WorkerError as error:
             code = _fail(f"the step could not be measured: {error}", 1)
         else:
