@@ -35,7 +35,7 @@ def exact(case: Case, inputs):
     """The engine without orders, as `softmax_attention` calls it."""
     reach, options = 2 * case.n, (False, False, case.D**-0.5, 0.0, 0, case.impl)
     ahead = 0 if case.is_causal else reach
-    options = _tiles.Options(CHUNK, reach, ahead, case.is_causal, _tiles.SELF_ORDINARY, *options)
+    options = _tiles.Options(CHUNK, reach, ahead, 0, case.is_causal, _tiles.SELF_ORDINARY, *options)
 
     def attend(q, k, v):
         return _tiles.attend(q, k, v, None, None, None, (None,) * 6, options)
