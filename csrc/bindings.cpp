@@ -124,6 +124,38 @@ void softmax_backward(const py::dict& problem, const py::dict& results) {
   kernels.softmax_backward(x, y);
 }
 
+ToeplitzProblem toeplitz_problem(const py::dict& fields) {
+  Views get{fields};
+  ToeplitzProblem x;
+  x.q = get("q"), x.k = get("k"), x.v = get("v"), x.c = get("c"), x.mask = get("mask");
+  x.cu_seqlens = get("cu_seqlens"), x.workspace = get("workspace");
+  x.reach = fields["reach"].cast<int64_t>(), x.offset = fields["offset"].cast<int64_t>();
+  x.is_causal = fields["is_causal"].cast<bool>(), x.normalize = fields["normalize"].cast<bool>();
+  x.threads = fields["threads"].cast<int>();
+  return x;
+}
+
+void toeplitz_forward(const py::dict& problem, const py::dict& results) {
+  ToeplitzProblem x = toeplitz_problem(problem);
+  Views get{results};
+  ToeplitzForward y{get("out"), get("normalizer")};
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.toeplitz_forward(x, y);
+}
+
+void toeplitz_backward(const py::dict& problem, const py::dict& results) {
+  ToeplitzProblem x = toeplitz_problem(problem);
+  Views get{results};
+  ToeplitzBackward y;
+  y.grad_out = get("grad_out"), y.grad_normalizer = get("grad_normalizer"), y.out = get("out");
+  y.normalizer = get("normalizer"), y.rows = get("rows");
+  y.dq = get("dq"), y.dk = get("dk"), y.dv = get("dv"), y.dc = get("dc");
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.toeplitz_backward(x, y);
+}
+
 void lsh_hash(const py::dict& fields, const std::vector<int64_t>& factors, int threads) {
   Views get{fields};
   LshHash x{get("x"), get("extra"), get("rotations"), factors, threads, get("buckets"), get("workspace")};
@@ -233,6 +265,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("softmax_forward", softmax_forward);
   m.def("softmax_backward", softmax_backward);
+  m.def("toeplitz_workspace", [](const py::dict& problem, bool backward) {
+    return active_kernels().toeplitz_workspace(toeplitz_problem(problem), backward);
+  });
+  m.def("toeplitz_forward", toeplitz_forward);
+  m.def("toeplitz_backward", toeplitz_backward);
   m.def("lsh_workspace", [](int64_t head_dim, int64_t n_keys, int threads) {
     return active_kernels().lsh_workspace(head_dim, n_keys, threads);
   });

@@ -19,6 +19,9 @@ int64_t softmax_workspace(const SoftmaxProblem&, bool backward);
 void lsh_hash(const LshHash&);
 void lsh_sort(const LshSort&);
 int64_t lsh_workspace(int64_t head_dim, int64_t n_keys, int threads);
+void toeplitz_forward(const ToeplitzProblem&, const ToeplitzForward&);
+void toeplitz_backward(const ToeplitzProblem&, const ToeplitzBackward&);
+int64_t toeplitz_workspace(const ToeplitzProblem&, bool backward);
 bool reversible_add(const ReversibleAdd&);
 
 // GFLOP/s of one core in float32 tiles on a 64 x 64 x 64 product that stays in the first cache
@@ -38,7 +41,7 @@ static double peak_gflops(int64_t repeats) {
 extern const Kernels kernels = {
     LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, favor_forward, favor_backward,
     linear_workspace, softmax_forward, softmax_backward, softmax_workspace, lsh_hash, lsh_sort, lsh_workspace,
-    reversible_add, peak_gflops,
+    toeplitz_forward, toeplitz_backward, toeplitz_workspace, reversible_add, peak_gflops,
 };
 
 }  // namespace longattn::LONGATTN_ISA

@@ -4,6 +4,7 @@
 #include "lsh.h"
 #include "reversible.h"
 #include "softmax.h"
+#include "toeplitz.h"
 
 namespace longattn {
 
@@ -21,6 +22,9 @@ struct Kernels {
   void (*lsh_hash)(const LshHash&);
   void (*lsh_sort)(const LshSort&);
   int64_t (*lsh_workspace)(int64_t head_dim, int64_t n_keys, int threads);
+  void (*toeplitz_forward)(const ToeplitzProblem&, const ToeplitzForward&);
+  void (*toeplitz_backward)(const ToeplitzProblem&, const ToeplitzBackward&);
+  int64_t (*toeplitz_workspace)(const ToeplitzProblem&, bool backward);
   bool (*reversible_add)(const ReversibleAdd&);
   double (*peak_gflops)(int64_t repeats);
 };
