@@ -46,17 +46,24 @@ struct Views {
   }
 };
 
+// an empty projection where there is none
+FavorMap favor_map(const py::dict& fields) {
+  Views get{fields};
+  FavorMap map;
+  map.projection = get("projection"), map.mean = get("mean");
+  if (!map.projection) return map;
+  map.kind = fields["kind"].cast<int>(), map.root = fields["root"].cast<double>(), map.l2 = fields["l2"].cast<bool>();
+  map.exact_diagonal = fields.contains("exact_diagonal") && fields["exact_diagonal"].cast<bool>();
+  return map;
+}
+
 LinearProblem linear_problem(const py::dict& fields) {
   Views get{fields};
   LinearProblem x;
   x.q = get("q"), x.k = get("k"), x.v = get("v"), x.mask = get("mask"), x.cu_seqlens = get("cu_seqlens");
   x.kv = get("kv"), x.k_sum = get("k_sum"), x.workspace = get("workspace");
   x.log_scale = get("log_scale");
-  x.favor.projection = get("projection"), x.favor.mean = get("mean");
-  if (x.favor.projection) {
-    x.favor.kind = fields["kind"].cast<int>(), x.favor.root = fields["root"].cast<double>();
-    x.favor.l2 = fields["l2"].cast<bool>(), x.favor.exact_diagonal = fields["exact_diagonal"].cast<bool>();
-  }
+  x.favor = favor_map(fields);
   x.feature = fields["feature"].cast<int>(), x.is_causal = fields["is_causal"].cast<bool>();
   x.normalize = fields["normalize"].cast<bool>(), x.scale = fields["scale"].cast<double>();
   x.segment = fields["segment"].cast<int64_t>(), x.split = fields["split"].cast<bool>();
@@ -88,6 +95,32 @@ void linear_backward(const py::dict& problem, const py::dict& results) {
   const Kernels& kernels = active_kernels();
   py::gil_scoped_release release;
   (x.favor.projection ? kernels.favor_backward : kernels.linear_backward)(x, y);
+}
+
+FeaturesProblem features_problem(const py::dict& fields) {
+  Views get{fields};
+  FeaturesProblem x;
+  x.x = get("x"), x.favor = favor_map(fields), x.workspace = get("workspace");
+  x.shift = fields["shift"].cast<double>(), x.logs = fields["logs"].cast<bool>();
+  x.threads = fields["threads"].cast<int>();
+  return x;
+}
+
+void features_forward(const py::dict& problem, const py::dict& results) {
+  FeaturesProblem x = features_problem(problem);
+  View phi = Views{results}("phi");
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.features_forward(x, phi);
+}
+
+void features_backward(const py::dict& problem, const py::dict& results) {
+  FeaturesProblem x = features_problem(problem);
+  Views get{results};
+  FeaturesBackward y{get("grad"), get("phi"), get("dx"), get("root_rows")};
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.features_backward(x, y);
 }
 
 SoftmaxProblem softmax_problem(const py::dict& fields) {
@@ -260,6 +293,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("linear_forward", linear_forward);
   m.def("linear_backward", linear_backward);
+  m.def("features_workspace", [](const py::dict& problem) {
+    return active_kernels().features_workspace(features_problem(problem));
+  });
+  m.def("features_forward", features_forward);
+  m.def("features_backward", features_backward);
   m.def("softmax_workspace", [](const py::dict& problem, bool backward) {
     return active_kernels().softmax_workspace(softmax_problem(problem), backward);
   });

@@ -84,3 +84,10 @@ def favor_features(x: Tensor, projection: Tensor, kind: str) -> tuple[Tensor, Te
         u = torch.cat([u, -u], -1)
     top = u.detach().amax(-1, keepdim=True)
     return torch.exp(u - top), top[..., 0] - g
+
+
+def favor_bound(projection: Tensor, root: Tensor, kind: str) -> Tensor:
+    """What the logarithm of a feature of a unit row is at most: w.x of such a row is at most the length of w."""
+    if kind not in ("positive", "hyperbolic"):
+        return root.new_zeros(())
+    return (root * projection.norm(dim=1).amax()).detach()

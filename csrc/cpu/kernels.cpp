@@ -13,6 +13,9 @@ void favor_forward(const LinearProblem&, const LinearForward&);
 void favor_backward(const LinearProblem&, const LinearBackward&);
 int64_t linear_workspace(int64_t head_dim, int64_t value_dim, int64_t features, int64_t projections, bool float64,
                          int threads);
+void features_forward(const FeaturesProblem&, const View& phi);
+void features_backward(const FeaturesProblem&, const FeaturesBackward&);
+int64_t features_workspace(const FeaturesProblem&);
 void softmax_forward(const SoftmaxProblem&, const SoftmaxForward&);
 void softmax_backward(const SoftmaxProblem&, const SoftmaxBackward&);
 int64_t softmax_workspace(const SoftmaxProblem&, bool backward);
@@ -40,8 +43,9 @@ static double peak_gflops(int64_t repeats) {
 #define LONGATTN_NAME(x) LONGATTN_TEXT(x)
 extern const Kernels kernels = {
     LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, favor_forward, favor_backward,
-    linear_workspace, softmax_forward, softmax_backward, softmax_workspace, lsh_hash, lsh_sort, lsh_workspace,
-    toeplitz_forward, toeplitz_backward, toeplitz_workspace, reversible_add, peak_gflops,
+    linear_workspace, features_forward, features_backward, features_workspace,
+    softmax_forward, softmax_backward, softmax_workspace, lsh_hash, lsh_sort, lsh_workspace, toeplitz_forward,
+    toeplitz_backward, toeplitz_workspace, reversible_add, peak_gflops,
 };
 
 }  // namespace longattn::LONGATTN_ISA

@@ -1,5 +1,6 @@
 // One entry point of every CPU kernel for every instruction set it was compiled for.
 #pragma once
+#include "features.h"
 #include "linear.h"
 #include "lsh.h"
 #include "reversible.h"
@@ -16,6 +17,9 @@ struct Kernels {
   void (*favor_backward)(const LinearProblem&, const LinearBackward&);
   int64_t (*linear_workspace)(int64_t head_dim, int64_t value_dim, int64_t features, int64_t projections, bool float64,
                               int threads);
+  void (*features_forward)(const FeaturesProblem&, const View& phi);
+  void (*features_backward)(const FeaturesProblem&, const FeaturesBackward&);
+  int64_t (*features_workspace)(const FeaturesProblem&);
   void (*softmax_forward)(const SoftmaxProblem&, const SoftmaxForward&);
   void (*softmax_backward)(const SoftmaxProblem&, const SoftmaxBackward&);
   int64_t (*softmax_workspace)(const SoftmaxProblem&, bool backward);
