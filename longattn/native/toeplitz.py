@@ -1,4 +1,4 @@
-"""Launchers of csrc/cpu/toeplitz.cpp: they allocate the outputs and pass views. Signatures are those of every engine."""
+"""Launchers of csrc/cpu/toeplitz.cpp: they allocate outputs and pass views. Signatures are those of every engine."""
 
 from __future__ import annotations
 

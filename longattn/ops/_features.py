@@ -1,90 +1,39 @@
-"""FAVOR+ features as a tensor, for attentions that read a row's features more than once: schema, autograd."""
+"""Feature maps of linear attention on the way to an engine: what is mapped here and what is left to it."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import features as maps
-from .. import native
 from ..favor import Favor
-from ..native import features as native_features
-from ._autograd import tracked
+from ..features import FUSED, FeatureMap
+from . import _check
+from ._favor_features import favor_features
 from ._prefix import accumulator
 
-_INPUTS = "Tensor x, Tensor projection, Tensor root, Tensor? mean, str kind, bool logs"
-torch.library.define("longattn::_favor_features", f"({_INPUTS}) -> Tensor")
-torch.library.define("longattn::_favor_features_backward", f"(Tensor grad, Tensor phi, {_INPUTS}) -> (Tensor, Tensor)")
+
+def map_rows(op: str, feature_map: FeatureMap, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):
+    """-> q, k, v and the name of the map that is left to the engine"""
+    if not callable(feature_map):
+        if not isinstance(feature_map, str) or feature_map not in FUSED:
+            known = ", ".join(FUSED)
+            remedy = "for random features pass longattn.Favor(head_dim)"
+            _check.fail(op, f"feature_map must be one of {known} or a callable, got {feature_map!r}; {remedy}")
+        return q, k, v, feature_map
+    if mask is not None:
+        # the map's own backward would make NaN of a padded key's NaN times 0
+        k = k.masked_fill(mask[:, None, :, None], 0)
+    phi_q, phi_k = feature_map(q), feature_map(k)
+    for x, y in ((q, phi_q), (k, phi_k)):
+        shaped = isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.shape[-1] == phi_q.shape[-1] > 0
+        if not shaped or y.dtype not in _check.DTYPES:
+            came = f"got {_check.describe(y)} from {_check.describe(x)}"
+            _check.fail(op, f"feature_map must map [..., D] to [..., M], {came}; M > 0, and a floating dtype")
+    # a map that works in float32 for accuracy keeps it: the values follow
+    return phi_q, phi_k, v.to(phi_q.dtype), "identity"
 
 
-@torch.library.register_fake("longattn::_favor_features")
-def _(x, projection, root, mean, kind, logs):
-    return projection.new_empty(*x.shape[:3], maps.favor_count(projection, kind))
-
-
-@torch.library.register_fake("longattn::_favor_features_backward")
-def _(grad, phi, x, projection, *rest):
-    return x.new_empty(x.shape), projection.new_empty(())
-
-
-@torch.library.impl("longattn::_favor_features", "cpu")
-def _forward(x, projection, root, mean, kind, logs):
-    return native_features.forward(x, projection, root, mean, kind=kind, logs=logs)
-
-
-@torch.library.impl("longattn::_favor_features_backward", "cpu")
-def _backward(grad, phi, x, projection, root, mean, kind, logs):
-    return native_features.backward(grad, phi, x, projection, root, mean, kind=kind, logs=logs)
-
-
-class _Backward(torch.autograd.Function):
-    """The first derivative as a node of its own, so that asking for the second gets a sentence."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return torch.ops.longattn._favor_features_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "linear_attention: the kernels have no second derivative; use impl='reference' for double backward"
-        )
-
-
-class _Features(torch.autograd.Function):
-    @staticmethod
-    def forward(x, projection, root, mean, *options):
-        return torch.ops.longattn._favor_features(x, projection, root, mean, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.options = inputs[4:]
-        ctx.save_for_backward(output, *inputs[:4])
-
-    @staticmethod
-    def backward(ctx, grad):
-        phi, x, projection, root, mean = ctx.saved_tensors
-        dx, droot = _Backward.apply(grad, phi, x, projection, root, mean, *ctx.options)
-        return dx, None, droot, None, *[None] * len(ctx.options)
-
-
-def favor_features(x: Tensor, favor: Favor, keys: bool, fused: bool = True) -> Tensor:
-    """The features `[B, H, n, M]` of rows `[B, H, n, D]`, float32 (float64 for float64), up to a factor that quotients
-    lose; of rows of unit length, normalize="l2", alone: there they stay at 1 or below.
-
-    keys: their factor is one for all, a function of the map alone, so it is the same for any part of a sequence; that
-    of a query is its own. fused: by the compiled kernel where there is one; else by torch, in float64 too for second
-    derivatives.
-    """
-    acc = accumulator(x.dtype)
-    root, projection = favor.root.to(acc), favor.projection.to(acc)
-    mean = favor.key_mean.to(acc) if keys and favor.center_keys else None
-    if fused and x.device.type == "cpu" and native.missing() is None:
-        inputs = (x, projection, root, mean)
-        if tracked(*inputs):
-            return _Features.apply(*inputs, favor.kind, keys)
-        return torch.ops.longattn._favor_features(*inputs, favor.kind, keys)
-    phi, a = maps.favor_features(maps.favor_rows(x.to(acc), root, True, mean), projection, favor.kind)
-    if not keys:
-        return phi
-    return phi * torch.exp(a - maps.favor_bound(projection, root, favor.kind))[..., None]
+def features(feature: str | Favor, x: Tensor, keys: bool, fused: bool = True) -> Tensor:
+    """-> phi(x) `[B, H, n, M]`, float32 (float64 for float64); fused: by a kernel where the map has one"""
+    if isinstance(feature, Favor):
+        return favor_features(x, feature, keys, fused)
+    return FUSED[feature](x.to(accumulator(x.dtype)))
