@@ -18,7 +18,8 @@ from .ops.linear import LinearAttentionOutput, linear_attention, linear_attentio
 from .ops.lsh import lsh_attention
 from .ops.reversible import reversible_add
 from .ops.softmax import softmax_attention
-from .state import FavorState, LinearState
+from .ops.toeplitz import toeplitz_matvec
+from .state import FavorState, LinearState, ToeplitzState
 
 __all__ = [
     "LSH",
@@ -29,6 +30,7 @@ __all__ = [
     "LinearAttentionOutput",
     "LinearState",
     "Local",
+    "ToeplitzState",
     "__version__",
     "convert",
     "explain",
@@ -43,4 +45,5 @@ __all__ = [
     "recomputing",
     "reversible_add",
     "softmax_attention",
+    "toeplitz_matvec",
 ]

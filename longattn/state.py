@@ -106,3 +106,51 @@ class FavorState(NamedTuple):
     def select(self, rows: Tensor) -> FavorState:
         """The state of the chosen sequences, in that order (beam search). rows: indices or a bool mask."""
         return FavorState(*(x[rows] for x in self))
+
+
+class ToeplitzState(NamedTuple):
+    """What causal linear attention with a relative positional bias remembers. Tensors only, as `LinearState`.
+
+    The last t <= K keys, whose factors still depend on how far they are, as they are; all before them, which have one
+    factor, as sums:
+    kv: `[B, H, M, E]`, sum of phi(k) v^T over the keys that have left the ring; float32 (float64 for float64 inputs).
+    k_sum: `[B, H, M]`, sum of phi(k), likewise.
+    ring_key `[B, H, t, M]`: features phi(k), dtype of the sums. ring_value `[B, H, t, E]`: in the inputs' dtype.
+    ring_mask: bool `[B, t]`, True for a padded key.
+    """
+
+    kv: Tensor
+    k_sum: Tensor
+    ring_key: Tensor
+    ring_value: Tensor
+    ring_mask: Tensor
+
+    @classmethod
+    def zeros(cls, batch: int, num_heads: int, n_features: int, value_dim: int, *, device=None, dtype=torch.float32):
+        """The state before the first token."""
+        sums = LinearState.zeros(batch, num_heads, n_features, value_dim, device=device, dtype=dtype)
+        ring = (torch.zeros(batch, num_heads, 0, n, device=device, dtype=dtype) for n in (n_features, value_dim))
+        return cls(*sums, *ring, torch.zeros(batch, 0, dtype=torch.bool, device=device))
+
+    def detach(self) -> ToeplitzState:
+        """The same values without their history (truncated back-propagation through time)."""
+        return ToeplitzState(*(x.detach() for x in self))
+
+    def to(self, *args, **kwargs) -> ToeplitzState:
+        """`Tensor.to` on the tensors; the mask follows to the device and stays bool."""
+        moved = [x.to(*args, **kwargs) for x in self[:4]]
+        return ToeplitzState(*moved, self.ring_mask.to(moved[0].device))
+
+    def reset(self, rows: Tensor) -> ToeplitzState:
+        """A copy in which the chosen sequences start afresh. rows: indices (int64) or a bool mask `[B]`."""
+        chosen = torch.zeros(self.kv.shape[0], dtype=torch.bool, device=self.kv.device)
+        chosen[rows] = True
+        cleared = (x.masked_fill(chosen[(..., *[None] * (x.dim() - 1))], 0) for x in self[:4])
+        return ToeplitzState(*cleared, self.ring_mask | chosen[:, None])
+
+    def select(self, rows: Tensor) -> ToeplitzState:
+        """The state of the chosen sequences, in that order (beam search). rows: indices or a bool mask."""
+        return ToeplitzState(*(x[rows] for x in self))
+
+
+State = LinearState | FavorState | ToeplitzState

@@ -92,3 +92,14 @@ def packed_sequences(op: str, cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -
         fail(op, f"packed sequences need batch size 1, got {q.shape[0]}; concatenate along the length")
     if q.shape[2] != k.shape[2]:
         fail(op, f"packed sequences need L == S, got {q.shape[2]} and {k.shape[2]}")
+
+
+def state_tensors(op: str, state, device: torch.device, expected: dict, meaning: str = "") -> None:
+    """Fields of a state. expected: name -> (shape, dtype); an empty tensor fits every dtype."""
+    for name, (shape, dtype) in expected.items():
+        x = getattr(state, name)
+        typed = isinstance(x, Tensor) and (x.dtype == dtype or x.numel() == 0)
+        if typed and x.shape == shape and x.device == device:
+            continue
+        sentence = f"state.{name} must be {dtype} {list(shape)} on {device}{meaning}, got {describe(x)}"
+        fail(op, sentence, ValueError if typed else TypeError)

@@ -193,14 +193,20 @@ def _check_state(op: str, state, count: int, k: Tensor, v: Tensor, favor: Favor)
         "tail_key": ((*lead, t, D), k.dtype), "tail_value": ((*lead, t, E), k.dtype),
         "tail_mask": ((count, t), torch.bool),
     }  # fmt: skip
-    for name, (shape, dtype) in expected.items():
-        x = getattr(state, name)
-        # an empty tail fits every dtype
-        typed = isinstance(x, Tensor) and (x.dtype == dtype or x.numel() == 0)
-        if typed and x.shape == shape and x.device == k.device:
-            continue
-        sentence = f"state.{name} must be {dtype} {list(shape)} on {k.device}, got {_check.describe(x)}"
-        _check.fail(op, sentence, ValueError if typed else TypeError)
+    _check.state_tensors(op, state, k.device, expected)
+
+
+def check_map(op: str, q: Tensor, k: Tensor, favor: Favor, *, normalize: bool) -> None:
+    """What every call with a Favor map must satisfy."""
+    if q.shape[3] != favor.head_dim:
+        _check.fail(op, f"this Favor was made for head_dim {favor.head_dim}, got query and key with {q.shape[3]}")
+    if not normalize:
+        remedy = "for the raw sums pass the features as a callable, feature_map=lambda x: favor(x)"
+        _check.fail(op, f"a Favor map is defined up to a factor, which only normalize=True removes; {remedy}")
+    if favor.projection.device != q.device:
+        _check.fail(op, f"the Favor map is on {favor.projection.device} and query on {q.device}; move it with .to()")
+    if favor.center_keys and favor.key_mean is not None and favor.key_mean.shape[0] != k.shape[1]:
+        _check.fail(op, f"key_mean was measured for {favor.key_mean.shape[0]} heads, got keys with {k.shape[1]}")
 
 
 def prepare(
@@ -219,13 +225,7 @@ def prepare(
     keeps_state: bool,
 ) -> Call:
     """The rest of the public door for a Favor map; q, k and v have passed the checks that all maps share."""
-    if q.shape[3] != favor.head_dim:
-        _check.fail(op, f"this Favor was made for head_dim {favor.head_dim}, got query and key with {q.shape[3]}")
-    if not normalize:
-        remedy = "for the raw sums pass the features as a callable, feature_map=lambda x: favor(x)"
-        _check.fail(op, f"a Favor map is defined up to a factor, which only normalize=True removes; {remedy}")
-    if favor.projection.device != q.device:
-        _check.fail(op, f"the Favor map is on {favor.projection.device} and query on {q.device}; move it with .to()")
+    check_map(op, q, k, favor, normalize=normalize)
     exact = favor.exact_diagonal
     if exact and not is_causal:
         _check.fail(op, "exact_diagonal needs is_causal=True: without an order there is no diagonal")
@@ -238,8 +238,6 @@ def prepare(
     root = favor.root.to(acc)
     if favor.center_keys and favor.key_mean is not None:
         mean = favor.key_mean.to(acc)
-        if mean.shape[0] != k.shape[1]:
-            _check.fail(op, f"key_mean was measured for {mean.shape[0]} heads, got keys with {k.shape[1]}")
     elif favor.center_keys and (is_causal or state is not None or cu_seqlens is not None):
         why = "is_causal may not look at later keys" if is_causal else "this call sees a part of the keys"
         _check.fail(op, f"center_keys needs a stored mean here ({why}): call calibrate(key) once")

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..favor import Favor
-from ..features import FUSED, FeatureMap
+from ..features import FeatureMap
 from ..native import linear as native_linear
 from ..native import linear_cuda as native_cuda
 from ..reference import linear as reference
-from ..state import FavorState, LinearState
-from . import _check, _dispatch, favor
+from ..state import LinearState, State
+from . import _check, _dispatch, favor, toeplitz
 from ._autograd import tracked
+from ._features import map_rows
 from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
 
 
@@ -23,7 +24,7 @@ class LinearAttentionOutput(NamedTuple):
     """output `[B, Hq, L, E]` in the inputs' dtype, and the state after the last key."""
 
     output: Tensor
-    state: LinearState | FavorState
+    state: State
 
 
 class Options(NamedTuple):
@@ -171,37 +172,9 @@ class _Call(NamedTuple):
 def _check_state(op: str, state, call_sequences: int, k: Tensor, v: Tensor) -> None:
     if not isinstance(state, LinearState):
         _check.fail(op, f"state must be a LinearState, got {type(state).__name__}", TypeError)
-    shape = (call_sequences, k.shape[1], k.shape[3], v.shape[3])
-    acc = accumulator(k.dtype)
-    for name, x, expected in (("kv", state.kv, shape), ("k_sum", state.k_sum, shape[:3])):
-        typed = isinstance(x, Tensor) and x.dtype == acc
-        if typed and x.shape == expected and x.device == k.device:
-            continue
-        wanted = f"{acc} {list(expected)} on {k.device}"
-        meaning = "[sequences, key heads, features, value dim]"
-        sentence = f"state.{name} must be {wanted} ({meaning}), got {_check.describe(x)}"
-        _check.fail(op, sentence, ValueError if typed else TypeError)
-
-
-def _map_features(op: str, feature_map: FeatureMap, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None):
-    """-> q, k, v and the name of the map that is left to the engine"""
-    if not callable(feature_map):
-        if not isinstance(feature_map, str) or feature_map not in FUSED:
-            known = ", ".join(FUSED)
-            remedy = "for random features pass longattn.Favor(head_dim)"
-            _check.fail(op, f"feature_map must be one of {known} or a callable, got {feature_map!r}; {remedy}")
-        return q, k, v, feature_map
-    if mask is not None:
-        # the map's own backward would make NaN of a padded key's NaN times 0
-        k = k.masked_fill(mask[:, None, :, None], 0)
-    phi_q, phi_k = feature_map(q), feature_map(k)
-    for x, y in ((q, phi_q), (k, phi_k)):
-        shaped = isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.shape[-1] == phi_q.shape[-1] > 0
-        if not shaped or y.dtype not in _check.DTYPES:
-            came = f"got {_check.describe(y)} from {_check.describe(x)}"
-            _check.fail(op, f"feature_map must map [..., D] to [..., M], {came}; M > 0, and a floating dtype")
-    # a map that works in float32 for accuracy keeps it: the values follow
-    return phi_q, phi_k, v.to(phi_q.dtype), "identity"
+    shape, acc = (call_sequences, k.shape[1], k.shape[3], v.shape[3]), accumulator(k.dtype)
+    meaning = " ([sequences, key heads, features, value dim])"
+    _check.state_tensors(op, state, k.device, {"kv": (shape, acc), "k_sum": (shape[:3], acc)}, meaning)
 
 
 def _prepare(
@@ -211,7 +184,7 @@ def _prepare(
     k: Tensor,
     v: Tensor,
     *,
-    state: LinearState | FavorState | None = None,
+    state: State | None = None,
     feature_map: FeatureMap = "elu",
     is_causal: bool = False,
     key_padding_mask: Tensor | None = None,
@@ -219,8 +192,10 @@ def _prepare(
     scale: float | None = None,
     normalize: bool = True,
     enable_gqa: bool = False,
+    rpe_bias: Tensor | None = None,
+    rpe_method: str = "auto",
     impl: str = "auto",
-) -> _Call | favor.Call:
+) -> _Call | favor.Call | toeplitz.Call:
     _check.attention_inputs(op, q, k, v, enable_gqa)
     _check.padding_mask(op, key_padding_mask, k)
     _check.packed_sequences(op, cu_seqlens, q, k)
@@ -234,22 +209,21 @@ def _prepare(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    shared = {
+        "state": state, "is_causal": is_causal, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens,
+        "normalize": normalize, "impl": impl, "keeps_state": keeps_state,
+    }  # fmt: skip
     if isinstance(feature_map, Favor):
-        return favor.prepare(
-            op,
-            q,
-            k,
-            v,
-            state=state,
-            favor=feature_map,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            cu_seqlens=cu_seqlens,
-            normalize=normalize,
-            impl=impl,
-            keeps_state=keeps_state,
-        )
-    q, k, v, feature = _map_features(op, feature_map, q, k, v, key_padding_mask)
+        feature = feature_map
+    else:
+        q, k, v, feature = map_rows(op, feature_map, q, k, v, key_padding_mask)
+    if rpe_bias is not None:
+        bias = {"feature": feature, "bias": rpe_bias, "method": rpe_method, "scale": scale}
+        return toeplitz.prepare(op, q, k, v, **bias, **shared)
+    if rpe_method != "auto":
+        _check.fail(op, f"rpe_method is for calls with an rpe_bias, got {rpe_method!r} without one")
+    if isinstance(feature, Favor):
+        return favor.prepare(op, q, k, v, favor=feature, **shared)
     if state is not None:
         _check_state(op, state, sequences(q, cu_seqlens), k, v)
     reasons = {name: _refuses(name, q, k, v, cu_seqlens, is_causal, state) for name in _dispatch.IMPLS}
@@ -274,9 +248,9 @@ def _refuses(impl, q, k, v, cu_seqlens, is_causal, state) -> str | None:
     return engine(impl).refuses(q, k, v)
 
 
-def _run(call: _Call | favor.Call) -> LinearAttentionOutput:
-    if isinstance(call, favor.Call):
-        return LinearAttentionOutput(*favor.run(call))
+def _run(call: _Call | favor.Call | toeplitz.Call) -> LinearAttentionOutput:
+    if isinstance(call, (favor.Call, toeplitz.Call)):
+        return LinearAttentionOutput(*(favor if isinstance(call, favor.Call) else toeplitz).run(call))
     q, k, v, mask, cu_seqlens, state, options, _ = call
     kv, k_sum = (None, None) if state is None else state
     if options.impl == "reference":
@@ -320,6 +294,8 @@ def linear_attention(
     scale: float | None = None,
     normalize: bool = True,
     enable_gqa: bool = False,
+    rpe_bias: Tensor | None = None,
+    rpe_method: str = "auto",
     impl: str = "auto",
 ) -> Tensor:
     """Attention with a kernel in place of the softmax, in time and memory linear in the length.
@@ -342,6 +318,13 @@ def linear_attention(
     scale: multiplies phi(q).phi(k), default 1; cancels when normalize=True.
     normalize: divide by the sum of the weights. False returns the numerator.
     enable_gqa: Hq may be a multiple of H; query head h reads key head h // (Hq / H).
+    rpe_bias: b `[Hq, 2K+1]`, or `[2K+1]` for all heads: weights become exp(b_(j-i)) phi(q_i).phi(k_j), exactly and
+        differentiably in b (Luo et al. 2021, arXiv 2106.12566). Offset t is at t + K, and an offset further than K
+        reads the end that is nearer, so [Hq, 2N-1] holds every offset of N tokens. -inf hides an offset. Other numbers
+        that are not finite are refused on a CPU, where looking waits for nothing. A Favor map must have
+        normalize="l2". With the features it is another function than softmax attention with this bias.
+    rpe_method: how, not what: "prefix" (time n (K + M)), "tiles" (time n^2), "fft" (time n log n, rounded to about
+        1e-5 of the largest weights of all rows), or "auto"; see `longattn.explain`.
     impl: "auto", "cpu", "triton", "cuda", "reference". See `longattn.explain`.
 
     Returns `[B, Hq, L, E]` in the inputs' dtype (autocast's under autocast; that of a callable map's features). A query
@@ -362,6 +345,8 @@ def linear_attention(
             scale=scale,
             normalize=normalize,
             enable_gqa=enable_gqa,
+            rpe_bias=rpe_bias,
+            rpe_method=rpe_method,
             impl=impl,
         )
     ).output
@@ -372,7 +357,7 @@ def linear_attention_with_state(
     key: Tensor,
     value: Tensor,
     *,
-    state: LinearState | FavorState | None = None,
+    state: State | None = None,
     feature_map: FeatureMap = "elu",
     is_causal: bool = False,
     key_padding_mask: Tensor | None = None,
@@ -380,13 +365,16 @@ def linear_attention_with_state(
     scale: float | None = None,
     normalize: bool = True,
     enable_gqa: bool = False,
+    rpe_bias: Tensor | None = None,
+    rpe_method: str = "auto",
     impl: str = "auto",
 ) -> LinearAttentionOutput:
     """`linear_attention` that starts from a state and returns the one after its last key; differentiable through both.
 
     Splitting a sequence anywhere and carrying the state equals one call; so does feeding it token by token.
     state: what all queries see beside the keys given here; None is the empty state. `[B, ...]`, or one row for each
-        packed sequence; a FavorState with a `longattn.Favor` map, else a LinearState. With a state, causal calls may
+        packed sequence; a FavorState with a `longattn.Favor` map, with rpe_bias a ToeplitzState (causal only, not
+        packed, never more queries than keys, one bias size for all of a stream), else a LinearState. Causal calls may
         have L != S: the last query is aligned with the last key, so L < S prefills and reads out only the last L, and
         L > S lets the first L - S queries see the state alone.
     Other arguments, dtypes and errors as in `linear_attention`.
@@ -406,6 +394,8 @@ def linear_attention_with_state(
             scale=scale,
             normalize=normalize,
             enable_gqa=enable_gqa,
+            rpe_bias=rpe_bias,
+            rpe_method=rpe_method,
             impl=impl,
         )
     )

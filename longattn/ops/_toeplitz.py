@@ -1,0 +1,99 @@
+"""What comes before the engines of linear attention with relative positions: factors, and the method."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import _check
+
+METHODS = ("auto", "prefix", "tiles", "fft")
+
+
+# factors
+
+
+def check_bias(op: str, bias: Tensor, heads: int, device: torch.device) -> None:
+    """Shape, dtype and device; values where reading them waits for nothing."""
+    if not isinstance(bias, Tensor) or bias.dtype not in _check.DTYPES:
+        came = _check.describe(bias)
+        _check.fail(op, f"rpe_bias must be a tensor of float32, bfloat16, float16 or float64, got {came}", TypeError)
+    if bias.dim() not in (1, 2) or bias.shape[-1] % 2 == 0 or (bias.dim() == 2 and bias.shape[0] != heads):
+        shape = f"[{heads}, 2K+1], or [2K+1] for all heads: an odd number of offsets, the middle one being 0"
+        _check.fail(op, f"rpe_bias must be {shape}, got {list(bias.shape)}")
+    if bias.device != device:
+        _check.fail(op, f"rpe_bias is on {bias.device} and query on {device}; move it with .to()")
+    # a subclass may have no values: torch's fake tensors
+    readable = bias.device.type == "cpu" and type(bias) in (Tensor, torch.nn.Parameter) and bias.numel() > 0
+    if readable and not torch.compiler.is_compiling() and not bias.detach().amax() < math.inf:
+        _check.fail(op, "rpe_bias must hold finite numbers, or -inf for offsets to hide; it holds NaN or +inf")
+
+
+def factors(bias: Tensor, heads: int, reach: int, *, is_causal: bool, normalize: bool, dtype: torch.dtype) -> Tensor:
+    """exp(bias) `[heads, 2 reach + 1]` of the offsets -reach to reach; those beyond the bias take its ends.
+
+    With normalize the largest of a head is 1: what it is divided by cancels, and depends on the bias alone, not on the
+    length. With is_causal the offsets above 0 get 0.
+    """
+    bias = bias.to(dtype).expand(heads, -1)
+    middle = bias.shape[1] // 2
+    if is_causal:
+        bias = bias[:, : middle + 1]
+    if normalize:
+        top = bias.detach().amax(-1, keepdim=True)
+        # a head whose offsets are all -inf
+        bias = bias - top.masked_fill(top == -math.inf, 0)
+    c = torch.exp(bias)
+    if is_causal:
+        c = torch.cat([c, c.new_zeros(heads, middle)], 1)
+    if reach <= middle:
+        return c[:, middle - reach : middle + reach + 1].contiguous()
+    # expand, not replicate padding: its backward is a plain sum, on every device the same each time
+    before, after = (end.expand(-1, reach - middle) for end in (c[:, :1], c[:, -1:]))
+    return torch.cat([before, c, after], 1)
+
+
+# the method
+
+
+@functools.cache
+def crossovers() -> dict:
+    """Lengths from which the FFT is faster than tiles, by device, direction and number of features; see its "how"."""
+    return json.loads((Path(__file__).parent.parent / "data" / "toeplitz_crossover.json").read_text())
+
+
+# torch.compile need not look into files
+crossovers._dynamo_marked_constant = True
+
+
+def crossover(device: str, features: int, value_dim: int, is_causal: bool) -> float:
+    """From how many offsets on the FFT is faster than tiles.
+
+    Measured at E = 64. A pair costs tiles M + E, and a token costs the FFT M (E + 1) transforms, so lengths between and
+    beyond those measured go with M E / (M + E).
+    """
+    table = crossovers()["cpu" if device == "cpu" else "cuda"]["causal" if is_causal else "full"]
+    nearest = min(table, key=lambda M: abs(math.log(int(M) / features)))
+    measured = int(nearest) * 64 / (int(nearest) + 64)
+    return table[nearest] * (features * value_dim / (features + value_dim)) / measured
+
+
+def choose(
+    method: str, bias_reach: int, needed: int, limit: float, *, packed: bool, keeps_state: bool
+) -> tuple[str, str]:
+    """-> the method, and why. needed: the largest offset of the call; limit: `crossover`."""
+    if method != "auto":
+        return method, "as asked for"
+    reach = min(bias_reach, needed)
+    if keeps_state:
+        return "prefix", "the method that carries a state"
+    if reach >= limit and not packed:
+        return "fft", "the bias reaches further than tiles are faster"
+    if bias_reach < needed:
+        return "prefix", "the bias is clipped short of the length"
+    return "tiles", "the bias has a number for every offset, and tiles are faster than the FFT at this length"

@@ -1,0 +1,207 @@
+"""Toeplitz products by FFT, and linear attention with relative positions by them: rpe_method="fft", on every device.
+
+For features f and value columns e, sum_j c_t k_jf v_je is a Toeplitz product along the sequence, and the output
+contracts it with q_if. The tensor of all n M E of them is never made: blocks of a few (f, e) at a time, rows along n,
+go through the transforms and are contracted before the next. Luo et al. 2021 (arXiv 2106.12566), section 3.2.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# of the real rows of a block: with their spectra they should stay in the caches
+BLOCK_BYTES = 8 << 20
+
+
+def fast_length(n: int) -> int:
+    """The smallest 2^a 3^b 5^c that is at least n: lengths for which transforms are fast."""
+    best, five = 1 << max(n - 1, 0).bit_length(), 1
+    while five < best:
+        three = five
+        while three < best:
+            best = min(best, three << max(-(-n // three) - 1, 0).bit_length())
+            three *= 3
+        five *= 5
+    return best
+
+
+class _Circulant(NamedTuple):
+    """The factors of n_q queries and n_k keys as spectra of circulant matrices, and which queries see any key."""
+
+    length: int
+    spectrum: Tensor                           # [G, length // 2 + 1]
+    seen: Tensor                               # [G, n_q]
+
+
+def _shifts(n_q: int, n_k: int, device: torch.device) -> Tensor:
+    """i - j for all pairs, from the smallest on."""
+    return torch.arange(1 - n_k, n_q, device=device)
+
+
+def _circulant(c: Tensor, n_q: int, n_k: int, offset: int, is_causal: bool, padded: Tensor | None) -> _Circulant:
+    """c: `[G, 2 reach + 1]`, padded: `[n_k]`."""
+    shifts, reach, length = _shifts(n_q, n_k, c.device), c.shape[1] // 2, fast_length(n_q + n_k - 1)
+    t = -shifts - offset
+    taken = c[:, t.clamp(-reach, reach) + reach]                                               # [G, n_q + n_k - 1]
+    if is_causal:
+        taken = taken.masked_fill(t > 0, 0)
+    column = c.new_zeros(c.shape[0], length)
+    column[:, shifts % length] = taken
+    # counted, as the transforms leave rounding where the sum of no weight is 0
+    keys = torch.ones(n_k, dtype=torch.float64, device=c.device) if padded is None else (~padded).double()
+    count = torch.fft.irfft(torch.fft.rfft((column > 0).double()) * torch.fft.rfft(keys, length), length)
+    return _Circulant(length, torch.fft.rfft(column), count[:, :n_q] > 0.5)
+
+
+def _fold(d: Tensor, first: int, reach: int) -> Tensor:
+    """Gradients d `[G, T]` of the offsets first, first + 1 .. -> those of factors `[G, 2 reach + 1]`."""
+    T, dc = d.shape[1], d.new_zeros(d.shape[0], 2 * reach + 1)
+    low, high = min(max(-reach - first, 0), T), min(max(reach + 1 - first, 0), T)
+    dc[:, first + low + reach : first + high + reach] = d[:, low:high]
+    dc[:, 0] += d[:, :low].sum(1)
+    dc[:, -1] += d[:, high:].sum(1)
+    return dc
+
+
+class _Sequence(NamedTuple):
+    """One sequence and key head with length last, so that transforms run along memory."""
+
+    q: Tensor                                  # [G, M, n_q]
+    k: Tensor                                  # [M, n_k], 0 where padded
+    values: Tensor                             # [E + 1, n_k], the last row 1; 0 where padded
+    padded: Tensor | None                      # [n_k]
+
+
+def _sequences(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
+    """Yields b, key head, the slice of its query heads, slices of queries and keys, and the sequence itself."""
+    (B, H, S, E), G, L = v.shape, q.shape[1] // max(v.shape[1], 1), q.shape[2]
+    bounds = None if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))
+    parts = [(slice(0, L), slice(0, S))] if bounds is None else [(slice(*ends), slice(*ends)) for ends in bounds]
+    for rows, keys in parts:
+        if rows.start == rows.stop or keys.start == keys.stop:
+            continue
+        for b in range(B):
+            padded = None if mask is None else mask[b, keys]
+            for h in range(H):
+                heads = slice(h * G, (h + 1) * G)
+                kt = k[b, h, keys].mT.contiguous()
+                values = k.new_ones(E + 1, kt.shape[1])
+                values[:E] = v[b, h, keys].mT
+                if padded is not None:
+                    kt, values = kt.masked_fill(padded, 0), values.masked_fill(padded, 0)
+                yield b, h, heads, rows, keys, _Sequence(q[b, heads, rows].mT.contiguous(), kt, values, padded)
+
+
+def _blocks(features: int, columns: int, row_bytes: int):
+    """Yields slices of features and of value columns, so many that their rows fill a block."""
+    rows = max(BLOCK_BYTES // row_bytes, 1)
+    wide = min(columns, rows)
+    deep = max(rows // wide, 1)
+    for f in range(0, features, deep):
+        for e in range(0, columns, wide):
+            yield slice(f, min(f + deep, features)), slice(e, min(e + wide, columns))
+
+
+class _Rows:
+    """Zero-padded products of feature and value rows, in memory that is used again, and their spectra."""
+
+    def __init__(self, like: Tensor, length: int):
+        self.like, self.length, self.held = like, length, like.new_zeros(0)
+
+    def spectrum(self, left: Tensor, right: Tensor) -> Tensor:
+        """left `[F, n]`, right `[e, n]` -> the spectra `[F, e, length // 2 + 1]` of their products"""
+        shape, n = (left.shape[0], right.shape[0], self.length), left.shape[1]
+        size = shape[0] * shape[1] * shape[2]
+        if self.held.numel() < size:
+            self.held = self.like.new_zeros(size)
+        # only the first n of each row are ever written: the rest stays 0
+        rows = self.held[:size].view(shape)
+        torch.mul(left[:, None], right, out=rows[..., :n])
+        return torch.fft.rfft(rows)
+
+
+def forward(q, k, v, c, mask, cu_seqlens, *, reach: int, offset: int, is_causal: bool, normalize: bool):
+    """-> out `[B, Hq, L, E]` like v, normalizer `[B, Hq, L]`"""
+    (B, Hq, L, M), E = q.shape, v.shape[3]
+    out, normalizer = v.new_zeros(B, Hq, L, E), q.new_zeros(B, Hq, L)
+    for b, _, heads, rows, _, one in _sequences(q, k, v, mask, cu_seqlens):
+        n_q, n_k = one.q.shape[2], one.k.shape[1]
+        circulant = _circulant(c[heads], n_q, n_k, offset, is_causal, one.padded)
+        products, total = _Rows(q, circulant.length), q.new_zeros(one.q.shape[0], E + 1, n_q)
+        for f, e in _blocks(M, E + 1, circulant.length * q.itemsize):
+            spectrum = products.spectrum(one.k[f], one.values[e])
+            for g, sums in enumerate(total):
+                y = torch.fft.irfft(spectrum * circulant.spectrum[g], circulant.length)[..., :n_q]
+                for row, weighted in zip(one.q[g, f], y, strict=True):
+                    sums[e].addcmul_(weighted, row)
+        z = total[:, E].masked_fill_(~circulant.seen, 0)
+        result = total[:, :E].masked_fill_(~circulant.seen[:, None], 0)
+        if normalize:
+            result = torch.where(z == 0, 0, 1 / z)[:, None] * result
+        out[b, heads, rows], normalizer[b, heads, rows] = result.mT.to(v.dtype), z
+    return out, normalizer
+
+
+def backward(
+    grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, normalizer, *, reach: int, offset: int,
+    is_causal: bool, normalize: bool,
+):  # fmt: skip
+    """-> dq, dk, dv, dc like q, k, v, c; the spectra of the forward pass are made again"""
+    M, E = q.shape[3], v.shape[3]
+    dq, dk, dv, dc = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(c)
+    for b, h, heads, rows, keys, one in _sequences(q, k, v, mask, cu_seqlens):
+        n_q, n_k = one.q.shape[2], one.k.shape[1]
+        circulant = _circulant(c[heads], n_q, n_k, offset, is_causal, one.padded)
+        above = _pulled(grad_out, grad_normalizer, out, normalizer, (b, heads, rows), circulant.seen, normalize)
+        keyed, queried = _Rows(q, circulant.length), _Rows(q, circulant.length)
+        dq_one, dk_one, dvalues = torch.zeros_like(one.q), torch.zeros_like(one.k), torch.zeros_like(one.values)
+        correlation = torch.zeros_like(circulant.spectrum, dtype=torch.complex128)
+        for f, e in _blocks(M, E + 1, circulant.length * q.itemsize):
+            spectrum = keyed.spectrum(one.k[f], one.values[e])
+            for g, kernel in enumerate(circulant.spectrum):
+                pulled = queried.spectrum(one.q[g, f], above[g, e])
+                # sum_i P_i A_(i-s) of every shift s is the derivative of its factor
+                correlation[g] += (pulled * spectrum.conj()).sum((0, 1))
+                y = torch.fft.irfft(spectrum * kernel, circulant.length)[..., :n_q]
+                dq_one[g, f] += y.mul_(above[g, e]).sum(1)
+                y = torch.fft.irfft(pulled.mul_(kernel.conj()), circulant.length)[..., :n_k]
+                dk_one[f] += (y * one.values[e]).sum(1)
+                for row, weighted in zip(one.k[f], y, strict=True):
+                    dvalues[e].addcmul_(weighted, row)
+        if one.padded is not None:
+            dk_one, dvalues = dk_one.masked_fill(one.padded, 0), dvalues.masked_fill(one.padded, 0)
+        dq[b, heads, rows] = dq_one.mT
+        dk[b, h, keys], dv[b, h, keys] = dk_one.mT, dvalues[:E].mT.to(v.dtype)
+        shifts = _shifts(n_q, n_k, c.device)
+        by_shift = torch.fft.irfft(correlation, circulant.length)[:, shifts % circulant.length]
+        if is_causal:
+            by_shift = by_shift.masked_fill(-shifts - offset > 0, 0)
+        dc[heads] += _fold(by_shift.flip(1), 1 - n_q - offset, reach).to(dc.dtype)
+    return dq, dk, dv, dc
+
+
+def _pulled(grad_out, grad_normalizer, out, normalizer, at, seen: Tensor, normalize: bool) -> Tensor:
+    """What comes back to numerator and normaliser of some rows, `[G, E + 1, n_q]`."""
+    z = normalizer[at]                                                                         # [G, n_q]
+    weight = grad_out[at].to(z.dtype)                                                          # [G, n_q, E]
+    if normalize:
+        weight = weight * torch.where(z == 0, 0, 1 / z)[..., None]
+        last = -(weight * out[at]).sum(-1)
+    else:
+        last = torch.zeros_like(z) if grad_normalizer is None else grad_normalizer[at]
+    return torch.cat([weight, last[..., None]], -1).mT.masked_fill(~seen[:, None], 0).contiguous()
+
+
+def matvec(c: Tensor, x: Tensor) -> Tensor:
+    """y_i = sum_j c_(j-i) x_j in torch's own operations. c: `[..., 2n-1]`, x: `[..., n, d]`, of one dtype."""
+    n = x.shape[-2]
+    length = fast_length(2 * n - 1)
+    # the factor of shift i - j is that of offset j - i
+    earlier, later = c[..., :n].flip(-1), c[..., n:].flip(-1)
+    column = torch.cat([earlier, c.new_zeros(*c.shape[:-1], length - 2 * n + 1), later], -1)
+    spectrum = torch.fft.rfft(x.mT, length) * torch.fft.rfft(column)[..., None, :]             # [..., d, length//2 + 1]
+    return torch.fft.irfft(spectrum, length)[..., :n].mT
