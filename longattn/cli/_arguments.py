@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,23 +46,43 @@ def threads(given: str | None) -> int:
     return default if given is None else integer("--threads", given, 1, max(default, os.cpu_count() or 1))
 
 
+@contextlib.contextmanager
+def _paths(option: str, given: str) -> Iterator[None]:
+    """What the system says of a name that cannot be one, such as one too long."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{option} {given} cannot be used: {getattr(error, 'strerror', None) or error}") from None
+
+
 def writable(option: str, given: str) -> str:
     """A file that can be written."""
-    path = Path(given)
-    if path.is_dir():
-        raise InputError(f"{option} {given} is a folder; name a file")
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {given} lies in a folder that does not exist")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"{option} {given} cannot be written")
+    with _paths(option, given):
+        path = Path(given)
+        if path.is_dir():
+            raise InputError(f"{option} {given} is a folder; name a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{option} {given} lies in a folder that does not exist")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InputError(f"{option} {given} cannot be written")
     return str(path)
+
+
+def folder(option: str, given: str) -> str:
+    """A folder, or what may become one."""
+    with _paths(option, given):
+        if Path(given).exists() and not Path(given).is_dir():
+            raise InputError(f"{option} {given} is a file; name a folder")
+    return given
 
 
 def picture(option: str, given: str, name: str) -> str:
     """The file of a picture; in a folder it is called `name`."""
     path = Path(given)
-    if path.is_dir():
-        path = path / name
+    with _paths(option, given):
+        path = path / name if path.is_dir() else path
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{option} {given} must end in {', '.join(FORMATS)} or be a folder that exists")
     return writable(option, str(path))

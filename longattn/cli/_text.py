@@ -58,13 +58,15 @@ def _read(file: Path) -> bytes:
 def load(path: str) -> Text:
     """Any file as bytes, whatever they mean; InputError with a sentence if it cannot be read or is too short."""
     file = Path(path)
-    if file.is_dir():
-        raise InputError(f"--text {path} is a folder; pass a file")
     try:
+        if file.is_dir():
+            raise IsADirectoryError
         with file.open("rb") as stream:
             data = stream.read(LARGEST + 1)
     except FileNotFoundError:
         raise InputError(f"--text {path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"--text {path} is a folder; pass a file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"--text {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > LARGEST:
