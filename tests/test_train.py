@@ -73,6 +73,28 @@ def test_two_and_two_steps_are_four_bit_for_bit(folder, options):
     assert_same_checkpoint("whole", "halves")
 
 
+def test_what_may_change_on_the_way_changes_the_model_and_stays(folder):
+    assert run(*TINY, "--steps", 1) == 0
+    assert run("--resume", "--dropout", 0.5, "--feed-forward-chunk", 24, "--steps", 2) == 0
+    assert run("--resume", "--steps", 3) == 0
+    model = Reformer.load(_checkpoint.newest("out"))
+    assert (model.config.dropout, model.config.feed_forward_chunk) == (0.5, 24)
+    resumed = _training.Training.resume(
+        _checkpoint.newest("out"),
+        facts := _checkpoint.load_facts(_checkpoint.newest("out"), train._check_kept),
+        facts["settings"] | {"dropout": 0.25},
+        _text.load("[b]text$"),
+    )
+    assert {x.p for x in resumed.model.modules() if isinstance(x, torch.nn.Dropout)} == {0.25}
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in resumed.model.state_dict().items())
+
+
+def test_options_of_a_checkpoint_are_judged_with_the_rest_of_its_own(folder):
+    # 16 is no multiple of 3, nor is 256
+    assert run(*TINY, "--dim", 24, "--heads", 3, "--steps", 1) == 0
+    assert run("--resume", "--heads", 3, "--steps", 1) == 0
+
+
 def test_rotations_go_on_with_their_count(folder):
     assert run(*TINY, "--mechanism", "lsh", "--steps", 3) == 0
     assert run("--resume", "--steps", 5) == 0
@@ -241,6 +263,34 @@ def truncate(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def settings(path, **changes):
+    edit(path, settings=json.loads(path.read_text())["settings"] | changes)
+
+
+FACTS = {
+    "no object": lambda path: path.write_text("[]"),
+    "another version": lambda path: edit(path, version=2),
+    "no steps": lambda path: edit(path, steps=None),
+    "steps that are missing": lambda path: edit(path, steps=[]),
+    "steps that are words": lambda path: edit(path, steps=[[1, "a", "b"]]),
+    "steps that are bare": lambda path: edit(path, steps=[1]),
+    "steps that are no numbers": lambda path: edit(path, steps=[[1, float("nan"), 1.0]]),
+    "another step": lambda path: edit(path, step=10**15),
+    "no text": lambda path: edit(path, text=None),
+    "no settings": lambda path: edit(path, settings=3),
+    "few settings": lambda path: edit(path, settings={"dim": 16}),
+    "layers": lambda path: settings(path, layers=-1),
+    "length": lambda path: settings(path, length="64"),
+    "mechanisms": lambda path: settings(path, mechanisms="magic"),
+    "dtype": lambda path: settings(path, dtype=["float32"]),
+    "rate": lambda path: settings(path, rate="fast"),
+    "warmup": lambda path: settings(path, warmup=None),
+    "dropout": lambda path: settings(path, dropout=float("nan")),
+}
 DAMAGE = {
     "model.safetensors": lambda path: truncate(path, 1000),
     "training.safetensors": lambda path: truncate(path, -1),
@@ -250,18 +300,23 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_is_one_sentence(folder, capsys, name):
+def test_a_damaged_checkpoint_is_one_sentence(folder, capsys):
     assert run(*TINY, "--steps", 1) == 0
-    capsys.readouterr()
     path = _checkpoint.newest("out")
-    DAMAGE[name](path / name)
-    assert run("--resume", "--steps", 2) == 1
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.count("\n") == 1
-    assert output.err.startswith("longattn train: the checkpoint out/step-00000001 ")
-    assert os.listdir("out") == ["step-00000001"]
+    whole = {name: (path / name).read_bytes() for name in _checkpoint.WHOLE}
+    damage = [(path / name, harm) for name, harm in DAMAGE.items()]
+    damage += [(path / "training.json", harm) for harm in FACTS.values()]
+    for file, harm in damage:
+        for name, contents in whole.items():
+            (path / name).write_bytes(contents)
+        harm(file)
+        capsys.readouterr()
+        assert run("--resume", "--steps", 2) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.count("\n") == 1
+        assert output.err.startswith("longattn train: the checkpoint out/step-00000001 ")
+        assert os.listdir("out") == ["step-00000001"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder, capsys):
@@ -272,6 +327,8 @@ def test_a_checkpoint_of_another_model_is_refused(folder, capsys):
     for arguments, part in (
         (("--resume", "--dim", 32), "was trained with --dim 16, not 32"),
         (("--resume", "--mechanism", "lsh"), "was trained with --mechanisms local,lsh, not lsh"),
+        (("--resume", "--n-hashes", 2), "was trained with --n-hashes 1, not 2"),
+        (("--resume", "--hidden", 2), "was trained without --hidden"),
         (("--resume", "--no-reversible"), "was trained without --no-reversible"),
         (("--resume", "--text", "other"), "was trained on another text, [b]text$"),
         (("--layers", 2), "holds a checkpoint, step-00000001; pass --resume"),
@@ -292,12 +349,57 @@ def test_an_optimiser_of_another_model_is_refused(folder):
         _checkpoint.load_training(_checkpoint.newest("out"), _training.make_optimizer(model, 1e-3))
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_parameters(folder, monkeypatch, capsys):
-    backward, losses = _training.backward, iter([None, None, float("nan")])
-    monkeypatch.setattr(_training, "backward", lambda *x: next(losses) or backward(*x))
-    assert run(*TINY, "--steps", 9) == 1
-    assert "the loss of step 3 is nan; pass a lower --rate" in capsys.readouterr().err
+@pytest.mark.parametrize("what", ["loss", "gradient", "parameters"])
+def test_a_training_that_diverges_keeps_its_last_checkpoint(folder, monkeypatch, capsys, what):
+    backward, options = _training.backward, (*TINY, "--every", 2, "--steps", 9)
+    count = iter(range(1, 100))
+
+    def diverging(model, *arguments):
+        loss, third = backward(model, *arguments), next(count) == 3
+        if third and what == "gradient":
+            model.norm.weight.grad[0] = float("inf")
+        if third and what == "parameters":
+            # of a step that is taken, and saved after the next
+            model.norm.weight.data[0] = float("nan")
+        return float("nan") if third and what == "loss" else loss
+
+    monkeypatch.setattr(_training, "backward", diverging)
+    with monkeypatch.context() as patch:
+        if what == "parameters":
+            patch.setattr(_training.math, "isfinite", lambda _: True)
+        assert run(*options) == 1
+    sentence = {
+        "loss": "the loss of step 3 is nan",
+        "gradient": "the gradient of step 3 is inf",
+        "parameters": "the parameters after step 4 are no finite numbers",
+    }[what]
+    kept = "pass a lower --rate than 0.001; the checkpoint of step 2 stays"
+    assert capsys.readouterr().err == f"longattn train: {sentence}; {kept}\n"
     assert os.listdir("out") == ["step-00000002"]
+    assert all(x.isfinite().all() for x in tensors_of("out")[2].values())
+    assert run("--resume", "--steps", 3) == 0
+
+
+def test_a_step_that_fails_among_the_parameters_is_not_saved(folder, capsys):
+    assert run(*TINY, "--rate", 1e300, "--steps", 2) == 1
+    error = capsys.readouterr().err
+    assert error.endswith("overflow; step 1 has changed some parameters alone; no checkpoint was written\n")
+    assert os.listdir("out") == []
+
+
+def test_what_others_put_beside_a_checkpoint_stays(folder):
+    assert run(*TINY, "--steps", 2) == 0
+    for name in ("partial/mine", "step-00000001/config.json", "step-00000000/training.json", "step-00000002/notes"):
+        (folder / "out" / name).parent.mkdir(exist_ok=True)
+        (folder / "out" / name).write_text("{}")
+    # a run that was killed has left this
+    (folder / "out" / "longattn-partial-1").mkdir()
+    (folder / "out" / "longattn-partial-1" / "model.safetensors.partial").write_text("")
+    assert run("--resume", "--steps", 3) == 0
+    found = sorted(str(path.relative_to("out")) for path in (folder / "out").relative_to(folder).rglob("*[!0-9]"))
+    whole = [f"step-00000003/{name}" for name in sorted(_checkpoint.WHOLE)]
+    foreign = ["partial", "partial/mine", "step-00000000/training.json", "step-00000001/config.json"]
+    assert found == [*foreign, "step-00000002/notes", *whole]
 
 
 # bad input
@@ -305,6 +407,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_parameters(folder, monkeypatch,
 FILES = {
     "missing file": (["--text", "no/such/file"], "does not exist"),
     "folder": (["--text", "."], "is a folder"),
+    "text too long": (["--text", "x" * 300], "File name too long"),
     "empty file": (["--text", "empty"], "0 bytes"),
     "short file": (["--text", "ten"], "--length 64 is beyond the 10 bytes of ten; pass 9 or less"),
     "sample beyond the length": (["--sample", "60"], "pass --sample 32 or less"),
@@ -325,6 +428,9 @@ MISUSE = {
     "json in a missing folder": (["--json", "no/such/x.json"], "does not exist"),
     "output that is a file": (["--output", "ten"], "is a file"),
     "threads zero": (["--threads", "0"], "--threads"),
+    "output too long": (["--output", "x" * 300], "File name too long"),
+    "json too long": (["--json", "x" * 300], "File name too long"),
+    "plot too long": (["--plot", "x" * 300 + ".png"], "File name too long"),
 }
 
 
@@ -347,7 +453,11 @@ def test_any_bytes_are_a_text(folder):
     assert run(*TINY, "--text", "binary", "--steps", 1, "--length", 255, "--sample", 4) == 0
 
 
-def test_an_output_folder_that_cannot_be_made_is_a_sentence(folder, capsys):
-    assert run(*TINY, "--steps", 1, output="[b]text$/out") == 1
-    error = capsys.readouterr().err
-    assert error.startswith("longattn train: --output [b]text$/out cannot be read: Not a directory")
+def test_an_output_folder_that_cannot_be_made_is_a_sentence_before_the_first_step(folder, capsys, monkeypatch):
+    monkeypatch.setattr(_training.Training, "step", lambda self: pytest.fail("a step was taken"))
+    places = {"[b]text$/out": "cannot be read: Not a directory"}
+    if sys.platform == "linux":
+        places["/proc/longattn"] = "cannot be written: No such file or directory"
+    for place, sentence in places.items():
+        assert run(*TINY, "--steps", 1, output=place) == 1
+        assert capsys.readouterr().err == f"longattn train: --output {place} {sentence}\n"

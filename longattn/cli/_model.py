@@ -72,6 +72,24 @@ def values(args) -> dict:
     return found
 
 
+def check(settings: dict) -> None:
+    """ValueError where these, read from a file, are not what `values` and `DEFAULTS` give."""
+    missing = DEFAULTS.keys() - settings.keys()
+    if missing:
+        raise ValueError(f"its settings lack {', '.join(sorted(missing))}")
+    wrong = [name for name, (default, _) in NUMBERS.items() if not _is_number(settings[name], default)]
+    wrong += [name for name, kind in (("reversible", bool), ("seed", int)) if type(settings[name]) is not kind]
+    wrong += [] if settings["dtype"] in DTYPES else ["dtype"]
+    names = settings["mechanisms"]
+    wrong += [] if isinstance(names, str) and set(names.split(",")) <= set(MECHANISMS) else ["mechanisms"]
+    if wrong:
+        raise ValueError("; ".join(f"its {name} is {settings[name]!r}" for name in wrong))
+
+
+def _is_number(x, default: int | None) -> bool:
+    return x is default if x is None else type(x) is int and 1 <= x <= LONGEST
+
+
 def config(settings: dict) -> ReformerConfig:
     """Of a byte model; InputError where there is none."""
     names = ("dim", "heads", "head_dim", "hidden", "chunk_size", "n_hashes", "window", "feed_forward_chunk")

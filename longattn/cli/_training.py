@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models import Reformer
+from ..models import Reformer, ReformerConfig
 from . import _checkpoint, _model
 from ._checkpoint import CheckpointError
 from ._text import Text
@@ -26,7 +26,7 @@ BETAS = (0.9, 0.98)
 
 
 class Diverged(RuntimeError):
-    """The loss is no number any more; the parameters are still those of the step before."""
+    """The loss, its gradient or the parameters are no numbers any more: from here no training goes on."""
 
 
 @contextlib.contextmanager
@@ -54,6 +54,14 @@ def make_optimizer(model: Reformer, rate: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=rate, betas=BETAS)
 
 
+def _reconfigured(model: Reformer, config: ReformerConfig) -> Reformer:
+    """The same weights under a configuration that asks for the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        changed = Reformer(config)
+    changed.load_state_dict(model.state_dict())
+    return changed
+
+
 def backward(model: Reformer, window: Tensor, dtype: str) -> float:
     """One forward and backward of the loss of windows `[B, N + 1]`; -> the loss, in nats."""
     with torch.autocast(window.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -71,6 +79,8 @@ class Training:
         self.steps: list[Step] = []
         self.windows = torch.Generator().manual_seed(settings["seed"])
         self.saved_at, self.before = None, None
+        # False where the optimiser has failed among the parameters
+        self.whole = True
 
     @classmethod
     def start(cls, settings: dict, text: Text) -> Training:
@@ -88,12 +98,7 @@ class Training:
         model = _checkpoint.load_model(path, "cpu")
         if model.config != was:
             raise CheckpointError(f"the checkpoint {path} holds another model than its training.json speaks of")
-        if now.feed_forward_chunk != was.feed_forward_chunk:
-            for module in model.modules():
-                if hasattr(module, "chunk_size") and hasattr(module, "up"):
-                    module.chunk_size = now.feed_forward_chunk
-            model.config = now
-        self._take(model)
+        self._take(model if now == was else _reconfigured(model, now))
         tensors = _checkpoint.load_training(path, self.optimizer)
         torch.set_rng_state(tensors["generator"])
         self.windows.set_state(tensors["windows"])
@@ -124,13 +129,16 @@ class Training:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.before = torch.get_rng_state(), self.windows.get_state(), buffers
         loss = backward(self.model, self._window(), self.settings["dtype"])
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss of step {number} is {loss}; pass a lower --rate than {self.settings['rate']:g}")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM).item()
+        for what, found in (("loss", loss), ("gradient", norm)):
+            if not math.isfinite(found):
+                raise self._diverged(f"the {what} of step {number} is {found}")
         with uninterrupted():
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings["rate"] * min(1.0, number / self.settings["warmup"])
+            self.whole = False
             self.optimizer.step()
+            self.whole = True
             self.optimizer.zero_grad()
             seconds = self.seconds + time.perf_counter() - start
             done = min(1.0, number / max(self.settings["steps"], 1))
@@ -138,10 +146,21 @@ class Training:
             self.before = None
         return self.steps[-1]
 
+    @property
+    def _kept(self) -> str:
+        return "no checkpoint was written" if self.saved_at is None else f"the checkpoint of step {self.saved_at} stays"
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(f"{what}; pass a lower --rate than {self.settings['rate']:g}; {self._kept}")
+
     def save(self, folder: str) -> Path | None:
-        """-> the checkpoint; None where there is nothing new to write."""
+        """-> the checkpoint; None where there is nothing new to write. Diverged before it would replace a good one."""
         if self.step_number == self.saved_at:
             return None
+        if not self.whole:
+            raise CheckpointError(f"step {self.step_number + 1} has changed some parameters alone; {self._kept}")
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self._diverged(f"the parameters after step {self.step_number} are no finite numbers")
         with uninterrupted():
             if self.before is not None:
                 generator, windows, buffers = self.before

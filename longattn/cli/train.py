@@ -79,8 +79,7 @@ def _given(args) -> dict:
 
 
 def _wishes(args) -> Wishes:
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise InputError(f"--output {args.output} is a file; name a folder")
+    _arguments.folder("--output", args.output)
     if args.prompt == "":
         raise InputError("--prompt must be one character at least")
     return Wishes(
@@ -102,11 +101,24 @@ def _settings(given: dict, facts: dict | None, folder: str) -> dict:
     kept, free = facts["settings"], (*_model.FREE, *DEFAULTS)
     for name, value in given.items():
         if name not in free and value != kept[name]:
-            was = {True: "without", False: "with"}.get(kept[name])
-            what = f"{was} {_model.option(name)}" if was else f"with {_model.option(name)} {kept[name]}, not {value}"
+            what = f"with {_model.option(name)} {kept[name]}, not {value}"
+            if kept[name] is None or isinstance(kept[name], bool):
+                # of the one switch there is, which takes away
+                what = f"{'with' if kept[name] is False else 'without'} {_model.option(name)}"
             remedy = "leave the option out, or name a new --output"
             raise InputError(f"the checkpoint in {folder} was trained {what}; {remedy}")
     return kept | given
+
+
+def _check_kept(settings: dict) -> None:
+    """ValueError where the settings of a checkpoint are none of this command."""
+    _model.check(settings)
+    lowest = {"steps": 0, "warmup": 1, "rate": 0, "dropout": 0}
+    for name, least in lowest.items():
+        x, kinds = settings[name], (int,) if isinstance(DEFAULTS[name], int) else (int, float)
+        # no comparison holds of NaN
+        if type(x) not in kinds or not least <= x <= (1 if name == "dropout" else sys.maxsize):
+            raise ValueError(f"its {name} is {x!r}")
 
 
 def _check(settings: dict, wishes: Wishes, text) -> None:
@@ -142,13 +154,14 @@ def _prepare(args, wishes: Wishes):
     if path is not None and not args.resume:
         remedy = "pass --resume or name a new --output"
         raise InputError(f"--output {args.output} holds a checkpoint, {path.name}; {remedy}")
-    facts = None if path is None else _checkpoint.load_facts(path, {*_model.DEFAULTS, *DEFAULTS})
+    facts = None if path is None else _checkpoint.load_facts(path, _check_kept)
     settings = _settings(wishes.given, facts, args.output)
     _check(settings, wishes, text)
+    if facts is not None and facts["text"]["sha256"] != identity(text)["sha256"]:
+        raise InputError(f"the checkpoint in {args.output} was trained on another text, {facts['text']['name']}")
+    _checkpoint.check_writable(args.output)
     if facts is None:
         return Training.start(settings, text)
-    if facts["text"]["sha256"] != identity(text)["sha256"]:
-        raise InputError(f"the checkpoint in {args.output} was trained on another text, {facts['text']['name']}")
     return Training.resume(path, facts, settings, text)
 
 
@@ -256,7 +269,9 @@ def run(args) -> int:
 
     try:
         wishes = _wishes(args)
-        _model.config(_model.DEFAULTS | DEFAULTS | wishes.given)
+        if not args.resume:
+            # else the checkpoint has the rest of it
+            _model.config(_model.DEFAULTS | DEFAULTS | wishes.given)
     except InputError as error:
         print(f"longattn train: {error}", file=sys.stderr)
         return 2
@@ -278,7 +293,7 @@ def _run(training, wishes: Wishes, folder: str) -> int:
     from ._training import Diverged
 
     display, sample = _show.Display(Console()), None
-    code, ended, last_words = 0, "complete", ""
+    code, ended, last_words, keeps = 0, "complete", [], True
     try:
         _header(training, display)
         _train(training, wishes, folder, display)
@@ -289,23 +304,24 @@ def _run(training, wishes: Wishes, folder: str) -> int:
             display.line()
             display.line(sample)
     except KeyboardInterrupt:
-        code, ended, last_words = 130, "interrupted", f"interrupted after step {training.step_number}"
+        code, ended, last_words = 130, "interrupted", [f"interrupted after step {training.step_number}"]
     except CheckpointError:
         pass
     except Diverged as error:
-        code, ended, last_words = 1, "failed", str(error)
+        # what is in memory would diverge again; what was saved before may not
+        code, ended, last_words, keeps = 1, "failed", [str(error)], False
     except (MemoryError, RuntimeError) as error:
-        code, ended, last_words = 1, "failed", " ".join(str(error).split())
+        code, ended, last_words = 1, "failed", [" ".join(str(error).split())]
     try:
-        path = training.save(folder)
+        path = training.save(folder) if keeps else None
         if path is not None:
             display.line(f"checkpoint: {path}")
+    except (CheckpointError, Diverged) as error:
+        code, last_words = code or 1, [*last_words, str(error)]
+    try:
         _write_results(training, wishes, ended, sample, display)
-    except CheckpointError as error:
-        code, last_words = code or 1, "; ".join(filter(None, (last_words, str(error))))
     except OSError as error:
-        reason = f"the results cannot be written: {error.strerror or error}"
-        code, last_words = code or 1, "; ".join(filter(None, (last_words, reason)))
+        code, last_words = code or 1, [*last_words, f"the results cannot be written: {error.strerror or error}"]
     if last_words:
-        print(f"longattn train: {last_words}", file=sys.stderr)
+        print(f"longattn train: {'; '.join(last_words)}", file=sys.stderr)
     return code
