@@ -77,9 +77,14 @@ class Cache(abc.ABC):
     @abc.abstractmethod
     def _next(self, q: Tensor, k: Tensor | None, v: Tensor) -> Tensor: ...
 
-    @abc.abstractmethod
     def reorder(self, index: Tensor) -> None:
         """Sequence b becomes what sequence index[b] was (beam search); the batch may shrink or grow."""
+        # before the first token there is nothing that tells sequences apart
+        if self.length:
+            self._reorder(index)
+
+    @abc.abstractmethod
+    def _reorder(self, index: Tensor) -> None: ...
 
 
 def _attend(mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -107,7 +112,7 @@ class KeyValueCache(Cache):
             k, v = (x[:, :, -self.visible(self.length) :] for x in (k, v))
         return softmax_attention(q, k, v)
 
-    def reorder(self, index):
+    def _reorder(self, index):
         self.k.reorder(index), self.v.reorder(index)
 
 
@@ -125,7 +130,7 @@ class StateCache(Cache):
 
     _next = _first
 
-    def reorder(self, index):
+    def _reorder(self, index):
         self.state = self.state.select(index)
 
 
@@ -142,7 +147,7 @@ class PrefixCache(Cache):
     def _next(self, q, k, v):
         return self._first(q, k, v)[:, :, -1:]
 
-    def reorder(self, index):
+    def _reorder(self, index):
         for rows in self.rows:
             rows.reorder(index)
 
@@ -306,7 +311,7 @@ class LSHCache(Cache):
             seen &= of.view_as(seen) == bucket
         return position, seen.flatten(2)
 
-    def reorder(self, index):
+    def _reorder(self, index):
         for rows in (self.x, self.v, self.key_scale, self.lists):
             rows.reorder(index)
 
