@@ -58,6 +58,7 @@ class Budget:
     """
 
     def __init__(self, config: ReformerConfig, length: int, batch: int, dtype: str, threads: int) -> None:
+        config = config.filled()
         self.config, self.length, self.batch, self.threads = config, length, batch, threads
         self.casts, self.bytes = dtype == "bfloat16", 2 if dtype == "bfloat16" else WIDE
         self.tokens = batch * length

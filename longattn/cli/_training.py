@@ -96,7 +96,7 @@ class Training:
         # what is computed from it, as the number of buckets, is part of the model
         was, now = (_model.config(x) for x in (facts["settings"], settings))
         model = _checkpoint.load_model(path, "cpu")
-        if model.config != was:
+        if model.config.filled() != was.filled():
             raise CheckpointError(f"the checkpoint {path} holds another model than its training.json speaks of")
         self._take(model if now == was else _reconfigured(model, now))
         tensors = _checkpoint.load_training(path, self.optimizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -12,6 +14,8 @@ from ..ops import _check
 def config_of(made: type, hf):
     """A ReformerConfig from theirs."""
     dims = tuple(hf.axial_pos_embds_dim) if hf.axial_pos_embds else None
+    shape = tuple(hf.axial_pos_shape) if hf.axial_pos_embds else None
+    longest = hf.max_position_embeddings
     local = Local(hf.local_attn_chunk_length, chunks=(hf.local_num_chunks_before, hf.local_num_chunks_after))
     return made(
         vocab=hf.vocab_size,
@@ -22,9 +26,10 @@ def config_of(made: type, hf):
         hidden=hf.feed_forward_size,
         mechanisms=tuple("lsh" if kind == "lsh" else local for kind in hf.attn_layers),
         causal=hf.is_decoder,
-        max_length=hf.max_position_embeddings,
+        # its grid is what it can take, whatever it promises
+        max_length=longest if shape is None else min(longest, math.prod(shape)),
         positions="axial" if hf.axial_pos_embds else "learned",
-        axial_shape=tuple(hf.axial_pos_shape) if hf.axial_pos_embds else None,
+        axial_shape=shape,
         axial_dims=dims,
         chunk_size=hf.lsh_attn_chunk_length,
         n_hashes=hf.num_hashes,

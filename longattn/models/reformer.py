@@ -25,6 +25,8 @@ from ..ops import _check, _lsh
 from .decoding import Cache, cache_of
 from .reformer_config import ReformerConfig
 
+TOKENS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Projection(nn.Linear):
     """To the rows of all heads, turned by their position where `rotary` is given."""
@@ -114,6 +116,15 @@ class AttentionLayer(nn.Module):
         return cache_of(self.attention if isinstance(self.attention, LSHSelfAttention) else self.attention.mechanism)
 
 
+def _block(config: ReformerConfig, layer: int, rotary: Rotary | None) -> ReversibleBlock:
+    c = config
+    feed_forward = ChunkedFeedForward(
+        c.dim, c.hidden, chunk_size=c.feed_forward_chunk, activation=c.activation, dropout=c.dropout
+    )
+    feed_forward = nn.Sequential(nn.LayerNorm(c.dim, eps=c.norm_eps), feed_forward, nn.Dropout(c.dropout))
+    return ReversibleBlock(AttentionLayer(c, layer, rotary), feed_forward, exact=c.exact, grid=c.grid)
+
+
 class DecodeCache:
     """What a `Reformer` keeps of the tokens it has seen: a cache for each layer."""
 
@@ -140,6 +151,7 @@ class Reformer(nn.Module):
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
         self.config = config
+        config = config.filled()
         width = config.dim * (2 if config.merge == "cat" else 1)
         self.embedding = nn.Embedding(config.vocab, config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
@@ -151,20 +163,12 @@ class Reformer(nn.Module):
         rotary = Rotary(config.head_dim) if config.positions == "rotary" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = ReversibleSequence(
-            [self._block(layer, rotary) for layer in range(config.depth)],
+            [_block(config, layer, rotary) for layer in range(config.depth)],
             merge=config.merge,
             reversible=config.reversible,
         )
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(width, config.vocab)
-
-    def _block(self, layer: int, rotary: Rotary | None) -> ReversibleBlock:
-        c = self.config
-        feed_forward = ChunkedFeedForward(
-            c.dim, c.hidden, chunk_size=c.feed_forward_chunk, activation=c.activation, dropout=c.dropout
-        )
-        feed_forward = nn.Sequential(nn.LayerNorm(c.dim, eps=c.norm_eps), feed_forward, nn.Dropout(c.dropout))
-        return ReversibleBlock(AttentionLayer(c, layer, rotary), feed_forward, exact=c.exact)
 
     @property
     def head_weight(self) -> Tensor:
@@ -175,6 +179,7 @@ class Reformer(nn.Module):
         return None if self.head is None else self.head.bias
 
     def _features(self, tokens: Tensor, offset: int = 0, **options) -> Tensor:
+        _check_tokens("Reformer", tokens, self.config.vocab)
         x = self.embedding(tokens.long())
         if self.positions is not None:
             x = x + self.positions(tokens.shape[1], offset)
@@ -192,14 +197,26 @@ class Reformer(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats. tokens `[B, L + 1]`: of each after the first, from those before it; with targets
         `[B, L]` (-100 = none), which an encoder needs: of them, from tokens `[B, L]`. Logits exist for `loss_chunk`
-        tokens at a time."""
+        tokens at a time.
+
+        key_padding_mask: bool, True = padded, of the shape of tokens. What is padded is no target, nor is what would be
+        guessed from a padded token; neither is counted in the mean (NaN where nothing is left).
+        """
         if targets is None and not self.config.causal:
             _check.fail("Reformer.loss", "an encoder sees the token it would have to guess; pass targets")
+        _check_tokens("Reformer.loss", tokens, self.config.vocab)
+        mask = key_padding_mask
+        _check.padding_mask("Reformer.loss", mask, tokens[:, None])
+        uncounted = mask
         if targets is None:
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
-        x = self.features(tokens, key_padding_mask)
+            if mask is not None:
+                mask, uncounted = mask[:, :-1], mask[:, :-1] | mask[:, 1:]
+        targets = targets if targets.is_floating_point() else targets.long()
+        if uncounted is not None and targets.shape == uncounted.shape:
+            targets = targets.masked_fill(uncounted, -100)
         options = {"bias": self.head_bias, "chunk_size": self.config.loss_chunk}
-        return chunked_cross_entropy(x, self.head_weight, targets.long(), **options)
+        return chunked_cross_entropy(self.features(tokens, mask), self.head_weight, targets, **options)
 
     # generation
 
@@ -219,25 +236,35 @@ class Reformer(nn.Module):
     def generate(
         self, prompt: Tensor, n: int, *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
     ) -> Tensor:
-        """prompt `[B, P]` of at least one token -> `[B, P + n]`, prompt and n more tokens.
+        """prompt `[B, P]` of at least one token -> `[B, P + n]`, prompt and n more tokens, in the dtype of the prompt,
+        or int64 where that has no number for every token.
 
-        temperature: 0 takes the likeliest token. top_k: only of so many. seed: of the draws, which torch's generator
-        knows nothing of. Evaluation mode while it runs. Time and memory of each token: `longattn.models.decoding`.
+        temperature: 0 takes the likeliest token. top_k: only of so many likeliest, equal ones in the order of their
+        numbers. seed: of the draws, which torch's generator knows nothing of. Evaluation mode while it runs. Time and
+        memory of each token: `longattn.models.decoding`.
         """
-        if prompt.dim() != 2 or prompt.shape[1] == 0:
-            _check.fail("Reformer.generate", f"prompt must be [B, P] of at least one token, got {list(prompt.shape)}")
-        if not temperature >= 0 or (top_k is not None and top_k < 1):
-            _check.fail("Reformer.generate", f"temperature {temperature} must be >= 0 and top_k {top_k} None or >= 1")
+        op = "Reformer.generate"
+        _check_tokens(op, prompt, self.config.vocab)
+        if prompt.shape[1] == 0:
+            _check.fail(op, f"prompt must be [B, P] of at least one token, got {list(prompt.shape)}")
+        if type(n) is not int or n < 0:
+            _check.fail(op, f"n must be a whole number from 0 on, got {n!r}")
+        if not (isinstance(temperature, (int, float)) and 0 <= temperature < torch.inf):
+            _check.fail(op, f"temperature must be a number from 0 on, got {temperature!r}")
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            _check.fail(op, f"top_k must be a positive whole number or None, got {top_k!r}")
         if self.positions is not None and prompt.shape[1] + n > self.positions.max_length:
             longest = f"the {self.positions.max_length} positions of this model"
-            _check.fail("Reformer.generate", f"{prompt.shape[1]} tokens and {n} more are beyond {longest}")
+            _check.fail(op, f"{prompt.shape[1]} tokens and {n} more are beyond {longest}")
         # of float32, so that it stays below 1 when multiplied
         draws = torch.rand(n, len(prompt), generator=torch.Generator().manual_seed(seed)).to(prompt.device)
-        cache, tokens, training = self.cache(), [prompt], self.training
+        cache, training = self.cache(), self.training
+        dtype = prompt.dtype if torch.iinfo(prompt.dtype).max >= self.config.vocab - 1 else torch.int64
+        tokens = [prompt.to(dtype)]
         self.eval()
         try:
             for draw in draws:
-                tokens.append(_choose(self.step(tokens[-1], cache), draw, temperature, top_k).to(prompt.dtype))
+                tokens.append(_choose(self.step(tokens[-1], cache), draw, temperature, top_k).to(dtype))
         finally:
             self.train(training)
         return torch.cat(tokens, 1)
@@ -279,13 +306,28 @@ class Reformer(nn.Module):
         return convert(cls, ReformerConfig, source)
 
 
+def _check_tokens(op: str, tokens: Tensor, vocab: int) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype not in TOKENS:
+        _check.fail(op, f"tokens must be whole numbers [B, L], got {_check.describe(tokens)}", TypeError)
+    if tokens.dim() != 2:
+        _check.fail(op, f"tokens must be [B, L], got {list(tokens.shape)}")
+    # to look at them on a GPU would wait for it; there the lookup asserts it
+    if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        least, most = (int(x) for x in tokens.aminmax())
+        if least < 0 or most >= vocab:
+            _check.fail(op, f"tokens must be from 0 to {vocab - 1}, got {least} to {most}")
+
+
 def _choose(logits: Tensor, draw: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """logits `[B, vocab]`, draw `[B]` uniform in [0, 1) -> `[B, 1]`"""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.double() / temperature
+    logits = logits.double()
+    # before the division, which no temperature then overflows
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        kept = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     sums = logits.softmax(-1).cumsum(-1)
     return torch.searchsorted(sums, draw.double()[:, None] * sums[:, -1:], right=True)
 
