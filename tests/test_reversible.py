@@ -127,6 +127,29 @@ def test_any_strides(engine, device, inplace):
     assert_same_bits("expanded", reversible_add(torch.ones_like(f), f, impl=engine), 1 + f)
 
 
+def test_a_sum_in_place_reads_nothing_that_it_has_written(impl_or_engine):
+    def add(x, f):
+        return reversible_add(x, f, inplace=True, impl=impl_or_engine)
+
+    a = draw((30,))[0]
+    for x, f in ((a[:20], a[5:25]), (a[5:25], a[:20]), (a[:10], a.view(torch.bfloat16)[:10])):
+        with pytest.raises(ValueError, match=r"^reversible_add: inplace=True .* part of whose memory f lies"):
+            add(x, f)
+    for x in (a[:1].expand(4), a.as_strided((5, 4), (2, 1)), a.unfold(0, 3, 2)):
+        with pytest.raises(ValueError, match=r"^reversible_add: inplace=True .* elements share memory"):
+            add(x, torch.ones(x.shape))
+    # x itself, and neighbours in one memory
+    for x, f in (
+        (a, a),
+        (a[:15], a[15:]),
+        (a.view(5, 6)[:, :3], a.view(5, 6)[:, 3:]),
+        (a[::2], a[1::2]),
+        (a[:0], a[:0]),
+    ):
+        expected = x + f
+        assert_same_bits("sum", add(x, f), expected)
+
+
 @pytest.mark.parametrize("subtract", [False, True])
 def test_the_gradient_is_the_identity(impl_or_engine, subtract):
     x, f, grad = draw((3, 5), (3, 5), (3, 5))

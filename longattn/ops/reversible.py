@@ -142,11 +142,30 @@ def _(x, f, grid, subtract, impl):
     return None
 
 
+def _check_memory(x: Tensor, f: Tensor) -> None:
+    """Of a sum in place: what it writes must be read by no other element of it."""
+    steps = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    reach = 0
+    for stride, size in steps if x.numel() else ():
+        if stride <= reach:
+            remedy = "pass a contiguous copy"
+            _check.fail(OP, f"inplace=True writes into x, whose elements share memory with each other; {remedy}")
+        reach += stride * (size - 1)
+    # others are copied before the first write
+    if x.numel() and x.is_contiguous() and f.is_contiguous():
+        begins = x.data_ptr(), f.data_ptr()
+        shared = begins[0] < begins[1] + f.nbytes and begins[1] < begins[0] + x.nbytes
+        if shared and (begins[0] != begins[1] or x.dtype != f.dtype):
+            remedy = "pass a copy of f, or leave inplace=False"
+            _check.fail(OP, f"inplace=True writes into x, part of whose memory f lies in; {remedy}")
+
+
 def _run(x, f, grid, subtract, impl):
     return add(x, f, grid, subtract, impl, inplace=False).contiguous()
 
 
 def _run_(x, f, grid, subtract, impl):
+    _check_memory(x, f)
     add(x, f, grid, subtract, impl, inplace=True)
 
 
@@ -197,7 +216,7 @@ def reversible_add(
 
     x, f: one shape, any strides; float32, bfloat16, float16, or float64 (CPU and reference), each with its own dtype.
     grid: a power of two.
-    inplace: writes into x and returns it; only outside autograd.
+    inplace: writes into x and returns it; only outside autograd, and where f is x itself or lies in other memory.
     impl: "auto", "reference", "cpu", "triton" or "cuda"; see `longattn.explain`.
 
     Returns the dtype of x; the sum is formed in float32 (float64 if x is). The gradient passes to both as it is.
