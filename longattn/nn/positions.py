@@ -19,6 +19,12 @@ def _whole(op: str, name: str, x, least: int = 1) -> int:
     return x
 
 
+def _numbers(op: str, name: str, given) -> tuple[int, ...]:
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        _check.fail(op, f"{name} must be a list of whole numbers, got {_check.describe(given)}")
+    return tuple(_whole(op, f"each number of {name}", n) for n in given)
+
+
 class AxialPositionalEmbedding(nn.Module):
     """Position n of a grid, counted row by row: one table for each axis in place of one row for each position.
 
@@ -34,11 +40,9 @@ class AxialPositionalEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        self.shape = tuple(_whole(op, "each number of shape", n) for n in shape)
+        self.shape = _numbers(op, "shape", shape)
         self.summed = isinstance(dims, int)
-        self.dims = (dims,) * len(self.shape) if self.summed else tuple(dims)
-        for width in self.dims:
-            _whole(op, "each number of dims", width)
+        self.dims = _numbers(op, "dims", (dims,) * len(self.shape) if self.summed else dims)
         if not self.shape or len(self.shape) != len(self.dims):
             _check.fail(op, f"shape and dims must name the same axes, got {list(self.shape)} and {list(self.dims)}")
         made = {"device": device, "dtype": dtype}
