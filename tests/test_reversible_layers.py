@@ -1,59 +1,17 @@
-"""Reversible layers against the same function by plain autograd: the laws of a second run that nobody may notice."""
+"""Reversible layers against the same function by plain autograd: gradients, rebuilt activations, memory, manners."""
 
 import gc
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
+from _reversible import D, Keeper, L, Live, assert_same, branch, results, stack
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
-import longattn
 from longattn.nn import ChunkedFeedForward, LSHSelfAttention, ReversibleBlock, ReversibleSequence
 from longattn.testing.assertions import assert_near, assert_same_bits
 from longattn.testing.cases import draw
-
-D, L = 12, 10
-
-
-def branch(dropout=0.0, d=D):
-    return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * d, d))
-
-
-def stack(make=branch, depth=3, *, reversible=True, exact=True, merge="mean", seed=0):
-    """Blocks of make() twice, the same weights for the same seed."""
-    torch.manual_seed(seed)
-    blocks = [ReversibleBlock(make(), make(), exact=exact) for _ in range(depth)]
-    return ReversibleSequence(blocks, merge=merge, reversible=reversible)
-
-
-def results(model, x, *, seed=7, needs_x=True, **kwargs):
-    """Output, gradients of x and of the parameters that are trained, and a number drawn afterwards."""
-    torch.manual_seed(seed)
-    x = x.detach().requires_grad_(needs_x)
-    y = model(x, **kwargs)
-    outputs = y if isinstance(y, tuple) else (y,)
-    leaves = [x] * needs_x + [p for p in model.parameters() if p.requires_grad]
-    loss = sum((i + 1) * out.float().square().sum() for i, out in enumerate(outputs))
-    grads = torch.autograd.grad(loss, leaves)
-    return [*(out.detach() for out in outputs), *grads, torch.rand(3)]
-
-
-def assert_same(make, x, *, depth=3, merge="mean", prepare=lambda model: model, **how):
-    """In exact mode: every bit of the plain network."""
-    found, expected = (
-        results(prepare(stack(make, depth, merge=merge, reversible=reversible)), x, **how)
-        for reversible in (True, False)
-    )
-    assert len(found) == len(expected) > 3
-    for a, b in zip(found, expected, strict=True):
-        assert_same_bits("reversible", a, b)
-        assert b.count_nonzero() > 0
-    return found
 
 
 @pytest.fixture
@@ -73,18 +31,6 @@ def test_gradients_through_64_blocks_are_those_of_the_plain_network(x):
 
 def test_exact_mode_has_every_bit_of_the_plain_network_at_64_blocks(x):
     assert_same(branch, x, depth=64)
-
-
-class Keeper(nn.Module):
-    """Notes what it is given and in which run."""
-
-    def __init__(self, inner, seen):
-        super().__init__()
-        self.inner, self.seen = inner, seen
-
-    def forward(self, x):
-        self.seen.append((longattn.recomputing(), x.detach().clone()))
-        return self.inner(x)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -129,33 +75,6 @@ def test_a_stream_out_of_range_is_raised(x):
 
 
 # memory
-
-
-class Live(TorchDispatchMode):
-    """The most bytes of tensors made under it that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.meet(x.untyped_storage())
-        return out
-
-    def meet(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            self.known[key] = weakref.finalize(storage, self.leave, key, size)
-
-    def leave(self, key, size):
-        self.now -= size
-        del self.known[key]
 
 
 def peak(model, x):
@@ -211,185 +130,25 @@ def test_nothing_outlives_the_graph(x):
         gc.enable()
 
 
-# what a second run must share with the first
+# autograd's manners
 
 
-@pytest.mark.parametrize("merge", ["mean", "cat", None])
-def test_dropout_repeats_and_the_generator_ends_where_it_would(merge, x):
-    assert_same(lambda: branch(dropout=0.3), x, merge=merge)
-
-
-def test_a_backward_leaves_the_generator_alone(x):
-    y = stack(lambda: branch(dropout=0.3))(x).sum()
-    before = torch.get_rng_state()
-    y.backward()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_autocast_repeats(x):
-    class Autocast(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.inner(x)
-
-    found = assert_same(lambda: branch(dropout=0.2), x, prepare=Autocast)
-    assert (found[0] - results(stack(lambda: branch(dropout=0.2)), x)[0]).abs().max() > 1e-4
-
-
-def test_backward_under_the_same_autocast_gets_no_cast_without_a_graph(x):
-    """Autocast caches casts of parameters: those of the first run have no graph and must serve nobody."""
-    model, plain = stack(), stack(reversible=False)
-    shared = [m.blocks[0].f[1] for m in (model, plain)]
-    grads = []
-    for m, layer in zip((model, plain), shared, strict=True):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = m(x).float().sum() + layer(x).float().square().sum()
-            grads.append(torch.autograd.grad(y, [*m.parameters()]))
-    for a, b in zip(*grads, strict=True):
-        assert_near(a, b, 1e-2)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("causal", [False, True])
-def test_lsh_attention_inside(causal, dropout):
-    x = draw((2, 50, 16))[0]
-
-    def make():
-        return nn.Sequential(
-            nn.LayerNorm(16), LSHSelfAttention(16, 2, n_hashes=2, chunk_size=8, causal=causal, dropout=dropout)
-        )
-
-    assert_same(make, x)
-
-
-def test_attention_with_a_padding_mask_for_f_alone(x):
-    mask = torch.arange(L).expand(2, L) % 4 == 3
-
-    def make():
-        return LSHSelfAttention(D, 2, n_hashes=1, chunk_size=4, impl="reference")
-
-    def blocks(reversible):
-        torch.manual_seed(0)
-        return ReversibleSequence([ReversibleBlock(make(), branch()) for _ in range(2)], reversible=reversible)
-
-    with torch.no_grad():
-        expected = blocks(False)(x, key_padding_mask=mask)
-    found, plain = (results(blocks(r), x, key_padding_mask=mask) for r in (True, False))
-    assert_same_bits("without a graph", found[0], expected)
-    for a, b in zip(found, plain, strict=True):
-        assert_near(a, b, 1e-5)
-
-
-class Context(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(D, D)
-
-    def forward(self, x, memory=None, *, pair=(), scale=1.0):
-        y = self.inner(x)
-        for m in (memory, *pair):
-            y = y if m is None else y + scale * torch.tanh(x * m)
-        return y
-
-
-def test_keyword_arguments_reach_their_branch_and_get_gradients(x):
-    grads = []
-    for reversible in (True, False):
-        memory, one, two, fixed = draw((2, L, D), (D,), (D,), (D,), seed=3)
-        leaves = [t.requires_grad_() for t in (memory, one, two)]
-        model = stack(Context, reversible=reversible)
-        y = model(x, memory=memory, scale=0.5, f_kwargs={"pair": (one, fixed)}, g_kwargs={"memory": two})
-        grads.append([y, *torch.autograd.grad(y.square().sum(), [*leaves, *model.parameters()])])
-    for a, b in zip(*grads, strict=True):
-        assert_near(a, b, 1e-6)
-    assert not torch.equal(grads[0][0], stack(Context)(x))
-
-
-def test_weights_may_be_shared(x):
-    grads = []
-    for reversible in (True, False):
-        torch.manual_seed(0)
-        one = branch()
-        block = ReversibleBlock(one, branch(), exact=True)
-        model = ReversibleSequence([block, block, ReversibleBlock(one, one, exact=True)], reversible=reversible)
-        grads.append(results(model, x))
-    for a, b in zip(*grads, strict=True):
-        assert_near(a, b, 1e-6)
-
-
-def test_frozen_parameters_get_nothing_and_the_others_all(x):
-    def freeze(model):
-        for name, p in model.named_parameters():
-            p.requires_grad_("1.f" not in name and "bias" not in name)
-        return model
-
-    assert_same(branch, x, prepare=freeze)
-    model = freeze(stack())
-    model(x).sum().backward()
-    assert [p.grad is not None for p in model.parameters()] == [p.requires_grad for p in model.parameters()]
-
-
-def test_all_frozen_passes_gradients_to_the_input(x):
-    assert_same(lambda: branch().requires_grad_(False), x, merge=None)
-
-
-def test_an_input_without_gradient_trains_all_the_same(x):
-    found = assert_same(branch, x, needs_x=False)
-    assert len(found) == 2 + len([*stack().parameters()])
-
-
-def test_checkpoint_inside(x):
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = branch(dropout=0.2)
-
-        def forward(self, x):
-            return checkpoint(self.inner, x, use_reentrant=False)
-
-    assert_same(Checkpointed, x)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_outside(reentrant, x):
-    model, grads = stack(lambda: branch(dropout=0.2)), []
-    for call in (model, lambda y: checkpoint(model, y, use_reentrant=reentrant)):
-        model.zero_grad()
-        torch.manual_seed(3)
-        leaf = x.clone().requires_grad_()
-        call(leaf).square().sum().backward()
-        grads.append([leaf.grad, *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*grads, strict=True):
-        assert_same_bits("checkpointed", a, b)
-
-
-def test_a_stack_inside_a_branch(x):
-    assert_same(lambda: stack(lambda: branch(dropout=0.2), 2), x, depth=2)
-
-
-def test_eval_mode_has_gradients_and_no_dropout(x):
-    found = assert_same(lambda: branch(dropout=0.5), x, prepare=nn.Module.eval)
-    for a, b in zip(found[:-1], results(stack(branch), x)[:-1], strict=True):
-        assert_same_bits("without dropout", a, b)
-
-
-def test_no_grad_gives_the_same_bits(x):
+def test_without_a_graph_the_bits_are_the_same(x):
     for merge in ("mean", "cat", None):
         model = stack(merge=merge)
-        with torch.no_grad():
-            found = model(x)
         expected = model(x)
-        for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
-            assert_same_bits("no_grad", a, b)
-            assert not a.requires_grad
-            assert b.requires_grad
-
-
-# autograd's manners
+        for without in (torch.no_grad, torch.inference_mode):
+            with without():
+                found = model(x)
+            for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+                assert_same_bits("without a graph", a, b)
+                assert not a.requires_grad
+                assert b.requires_grad
+    with torch.inference_mode():
+        inside, block = model(x.clone()), ReversibleBlock(nn.ReLU(inplace=True), branch())
+        with pytest.raises(RuntimeError, match="ReLU writes into its input"):
+            block(x, x)
+    assert_same_bits("of a tensor of inference mode", inside[0], expected[0])
 
 
 def test_backward_and_grad_agree_and_hooks_run_once(x):
@@ -590,19 +349,6 @@ def test_errors_are_sentences(x):
         ReversibleBlock(nn.ReLU(inplace=True), branch())(x, x)
 
 
-def test_recomputing_is_true_in_the_second_run_alone(x):
-    seen = []
-    model = stack(lambda: Keeper(branch(), seen), 2)
-    y = model(x)
-    assert [again for again, _ in seen] == [False] * 4
-    y.sum().backward()
-    assert [again for again, _ in seen] == [False] * 4 + [True] * 4
-    assert not longattn.recomputing()
-    del seen[:]
-    stack(lambda: Keeper(branch(), seen), 2, reversible=False)(x).sum().backward()
-    assert [again for again, _ in seen] == [False] * 4
-
-
 # torch looks at .grad where its graph breaks
 @pytest.mark.filterwarnings("ignore:.*non-leaf Tensor:UserWarning")
 def test_a_compiled_model_may_hold_one(x):
@@ -617,64 +363,3 @@ def test_state_dict_and_repr():
     assert not stack(seed=1).load_state_dict(model.state_dict()).missing_keys
     assert "merge='mean'" in repr(model)
     assert "exact=True, grid=0.0001220703125" in repr(model)
-
-
-# data parallel
-
-DDP = """
-import sys
-import torch
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from longattn.nn import LSHSelfAttention, ReversibleBlock, ReversibleSequence
-
-rank, file = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-
-
-def build(reversible):
-    torch.manual_seed(0)
-    one = nn.Linear(8, 8)
-    blocks = [
-        ReversibleBlock(LSHSelfAttention(8, 2, n_hashes=1, chunk_size=4), nn.Sequential(one, nn.GELU()))
-        for _ in range(3)
-    ]
-    blocks[1].g.requires_grad_(False)
-    blocks += [ReversibleBlock(one, nn.Linear(8, 8), exact=False)]
-    return nn.Sequential(ReversibleSequence(blocks, reversible=reversible), nn.Linear(8, 3))
-
-
-x = torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(1))
-expected = build(False)
-expected(x.flatten(0, 1)).square().mean().backward()
-# a small cap makes several buckets, and so several reductions during one backward
-model = DistributedDataParallel(build(True), bucket_cap_mb=0.0005)
-for step in range(2):
-    model.zero_grad()
-    model(x[rank]).square().mean().backward()
-    for (name, p), q in zip(model.module.named_parameters(), expected.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        assert p.grad is None or (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
-distributed.destroy_process_group()
-print("agreed")
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
-def test_two_gloo_processes_reduce_the_gradients_of_one(tmp_path):
-    """Data parallel marks each parameter ready once: gradients come out of nodes, never from a nested backward."""
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", DDP]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for worker in workers:
-            out, err = worker.communicate(timeout=120)
-            assert (worker.returncode, out) == (0, "agreed\n"), err
-    finally:
-        for worker in workers:
-            worker.kill()

@@ -219,7 +219,9 @@ def _run(blocks, x1, x2, f_kwargs: dict, g_kwargs: dict, merge: str | None, is_r
     grid = blocks[0].step if blocks else 0.0
     records = torch.is_grad_enabled() and (any(parameters) or any(x.requires_grad for x in (x1, x2, *given)))
     if not records:
-        x1, x2 = _enter(x1, grid, call.impl), _enter(x2, grid, call.impl)
+        # ordinary tensors in inference mode too, whose versions say whether a branch writes into its input
+        with torch.inference_mode(False), torch.no_grad():
+            x1, x2 = _enter(x1, grid, call.impl), _enter(x2, grid, call.impl)
         for block in blocks:
             _add_branches(block, call, x1, x2, f_kwargs, g_kwargs, remember=False)
         return _leave(x1, x2, merge, call.dtype)
