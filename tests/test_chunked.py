@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_reversible_layers import Live
+from _reversible import Live
 from torch import nn
 from torch.nn import functional as F
 
@@ -137,6 +137,26 @@ def test_inside_reversible_blocks():
         found.append(results(ReversibleSequence(blocks, reversible=reversible), x))
     for a, b in zip(*found, strict=True):
         assert_same_bits("gradient", a, b)
+
+
+@pytest.mark.parametrize("bypassed", [False, True])
+def test_what_a_layer_made_from_it_does_not_use_gets_no_gradient(bypassed):
+    class Made(ChunkedFeedForward):
+        def __init__(self, chunk_size):
+            super().__init__(D, HIDDEN, chunk_size=chunk_size)
+            self.unused = nn.Parameter(torch.ones(3))
+
+        def _whole(self, x):
+            return super()._whole(x.detach() if bypassed else x)
+
+    x, found = draw((40, D))[0], []
+    for chunk_size in (7, None):
+        torch.manual_seed(0)
+        module, leaf = Made(chunk_size), x.clone().requires_grad_()
+        (module(leaf).square().sum() + leaf.sum()).backward()
+        assert module.unused.grad is None
+        found.append([leaf.grad, *(p.grad for p in module.parameters() if p is not module.unused)])
+    compare(*found)
 
 
 def test_changes_before_the_backward_pass_are_refused():
@@ -279,6 +299,11 @@ def test_large_logits_do_not_overflow():
         ({"target": torch.zeros(40, dtype=torch.int64)}, ValueError, "without the last dim"),
         ({"weight": torch.ones(V, D + 1)}, ValueError, r"hidden must be \[..., D\] and weight \[V, D\]"),
         ({"weight": torch.ones(V, D).half()}, TypeError, "one dtype for all"),
+        (
+            {"weight": torch.ones(0, D), "bias": None},
+            ValueError,
+            r"weight must be \[V, D\] with a class at least",
+        ),
         ({"bias": torch.ones(3)}, ValueError, r"bias must be \[V\]"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing must be from 0 to 1"),

@@ -55,7 +55,7 @@ class _Chunks(torch.autograd.Function):
         ctx.ran.check()
         _, needs_rows, *needs = ctx.needs_input_grad
         wanted = [p for p, need in zip(ctx.ran.parameters, needs, strict=True) if need]
-        sums = [torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device) for p in wanted]
+        sums: list[Tensor | None] = [None] * len(wanted)
         drows = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs_rows else None
         with replay(ctx.autocast, ctx.draws):
             for piece in _pieces(len(rows), layer.chunk_size):
@@ -63,10 +63,14 @@ class _Chunks(torch.autograd.Function):
                 found = gradients(layer._whole(x), [x] * needs_rows + wanted, grad[piece])
                 with torch.no_grad():
                     if needs_rows:
-                        drows[piece] = found.pop(0)
-                    for total, one in zip(sums, found, strict=True):
-                        total.add_(one)
-        found = iter([x.to(p.dtype) for x, p in zip(sums, wanted, strict=True)])
+                        drows[piece] = 0 if found[0] is None else found[0]
+                    for i, (p, one) in enumerate(zip(wanted, found[needs_rows:], strict=True)):
+                        # a parameter that a layer made from this one does not use gets nothing
+                        if one is not None and sums[i] is None:
+                            sums[i] = torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device)
+                        if one is not None:
+                            sums[i].add_(one)
+        found = iter([None if x is None else x.to(p.dtype) for x, p in zip(sums, wanted, strict=True)])
         return None, drows, *(next(found) if need else None for need in needs)
 
 
@@ -312,6 +316,8 @@ def _check_loss(name, hidden, weight, bias, target, reduction, smoothing) -> Non
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         came = f"got {list(hidden.shape)} and {list(weight.shape)}"
         _check.fail(name, f"hidden must be [..., D] and weight [V, D], {came}")
+    if len(weight) == 0:
+        _check.fail(name, f"weight must be [V, D] with a class at least, got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         _check.fail(name, f"bias must be [V] = {[len(weight)]}, got {list(bias.shape)}")
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
