@@ -137,12 +137,17 @@ def test_one_compiled_graph_serves_all_lengths():
             torch.testing.assert_close(compiled(q, k, v, **arguments), softmax_attention(q, k, v, **arguments))
 
 
+CALL = {"is_causal": True, "key_padding_mask": None, "dropout_p": 0.0}
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda x: softmax_attention(x, x, x, window=0), "window must be a positive integer or None, got 0"),
         (lambda x: softmax_attention(x, x, x, window=2.0), "window must be a positive integer or None, got 2.0"),
         (lambda x: softmax_attention(x, x, x, torch.ones(3, 3), window=2), "attn_mask and window exclude each other"),
+        (lambda x: Local(2).attend(x, x, x, attn_mask=torch.ones(3, 3), **CALL), "Local: attn_mask is not taken"),
+        (lambda x: Local(2, (0, 0)).attend_with_weights(x, x, x, attn_mask=x, **CALL), "Local: attn_mask is not taken"),
         (lambda _: Local(0), "Local: window must be a positive integer, got 0"),
         (lambda _: Local(4, chunks=(1, -1)), "Local: chunks must be None or two counts, (before, after), got (1, -1)"),
         (lambda _: Local(4, chunks=1), "Local: chunks must be None or two counts, (before, after), got 1"),

@@ -11,6 +11,11 @@ from ..ops.softmax import Chunks, attend, attend_with_weights
 from .mechanisms import Mechanism
 
 
+def _refuse(attn_mask: Tensor | None) -> None:
+    if attn_mask is not None:
+        _check.fail("Local", 'attn_mask is not taken; use the mechanism "exact", with the window in the mask')
+
+
 @dataclass(frozen=True, repr=False)
 class Local(Mechanism):
     """Softmax attention to the tokens near the query, exact, linear in the length: time O((L + S) window).
@@ -42,6 +47,7 @@ class Local(Mechanism):
         return {"chunks": Chunks(self.window, *self.chunks)}
 
     def attend(self, q, k, v, *, is_causal, key_padding_mask, dropout_p, attn_mask=None) -> Tensor:
+        _refuse(attn_mask)
         masks = {"is_causal": is_causal, "key_padding_mask": key_padding_mask}
         return attend("Local", q, k, v, dropout_p=dropout_p, impl=self.impl, **masks, **self._rule)
 
@@ -49,4 +55,5 @@ class Local(Mechanism):
         return self.attend_with_weights(q, k, k, dropout_p=0.0, **masks)[1]
 
     def attend_with_weights(self, q, k, v, *, dropout_p, attn_mask=None, **masks) -> tuple[Tensor, Tensor]:
+        _refuse(attn_mask)
         return attend_with_weights("Local", q, k, v, dropout_p=dropout_p, **masks, **self._rule)
