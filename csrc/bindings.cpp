@@ -128,7 +128,7 @@ SoftmaxProblem softmax_problem(const py::dict& fields) {
   SoftmaxProblem x;
   x.q = get("q"), x.k = get("k"), x.v = get("v"), x.mask = get("mask"), x.cu_seqlens = get("cu_seqlens");
   x.key_scale = get("key_scale"), x.order_q = get("order_q"), x.order_k = get("order_k");
-  x.rank_q = get("rank_q"), x.rank_k = get("rank_k"), x.bucket_q = get("bucket_q"), x.bucket_k = get("bucket_k");
+  x.bias = get("bias"), x.rank_q = get("rank_q"), x.rank_k = get("rank_k"), x.bucket_q = get("bucket_q"), x.bucket_k = get("bucket_k");
   x.chunk = fields["chunk"].cast<int64_t>(), x.look_back = fields["look_back"].cast<int64_t>();
   x.look_ahead = fields["look_ahead"].cast<int64_t>(), x.window = fields["window"].cast<int64_t>();
   x.is_causal = fields["is_causal"].cast<bool>();
@@ -151,7 +151,7 @@ void softmax_forward(const py::dict& problem, const py::dict& results) {
 void softmax_backward(const py::dict& problem, const py::dict& results) {
   SoftmaxProblem x = softmax_problem(problem);
   Views get{results};
-  SoftmaxBackward y{get("grad_out"), get("out"), get("lse"), get("delta"), get("dq"), get("dk"), get("dv")};
+  SoftmaxBackward y{get("grad_out"), get("out"), get("lse"), get("delta"), get("dq"), get("dk"), get("dv"), get("dbias")};
   const Kernels& kernels = active_kernels();
   py::gil_scoped_release release;
   kernels.softmax_backward(x, y);

@@ -275,7 +275,7 @@ def test_raw_ops_pass_opcheck(case, kernel, device):
     found = orders(call)
     rule = SELF_FALLBACK if k is None else SELF_ALWAYS
     options = Options(case.chunk_size, 1, 0, 0, case.is_causal, rule, case.dedupe, False, 0.7, 0.1, 3, kernel)
-    tensors = (q, k, v, call.mask, call.cu_seqlens, None if k is not None else 1 / (lengths + 1), *found)
+    tensors = (q, k, v, call.mask, call.cu_seqlens, None if k is not None else 1 / (lengths + 1), *found, None)
     torch.library.opcheck(torch.ops.longattn._softmax_forward, (*tensors, *options))
     saved = torch.ops.longattn._softmax_forward(*tensors, *options)
     torch.library.opcheck(torch.ops.longattn._softmax_backward, (inputs.grad_output, *tensors, *saved, *options))

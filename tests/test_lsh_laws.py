@@ -196,7 +196,7 @@ def test_rounds_that_count_each_time_combine_by_their_log_sum_exp(impl, device):
             count = reference.pair_counts(*call.buckets, None, None, **call.rounds.counted())
             return reference.attend(*inputs[:3], None, count, scale=call.scale, dropout_p=0.0, seed=0)
         options = Options(8, 1, 1, 0, False, SELF_ORDINARY, False, False, call.scale, 0.0, 0, impl)
-        return torch.ops.longattn._softmax_forward(*inputs[:3], None, None, None, *orders(call), *options)
+        return torch.ops.longattn._softmax_forward(*inputs[:3], None, None, None, *orders(call), None, *options)
 
     whole, outputs, logs = one(inputs), [], []
     for r in range(3):

@@ -16,6 +16,7 @@ struct SoftmaxProblem {
   View key_scale;            // [B, H, S] in the working type: keys are k times this, and have length 1
   View order_q, order_k;     // [B, Hq, R, L], [B, H, R, S] int32: order[place] = position
   View rank_q, rank_k;       // the same shapes, by position: the key chunk a query is centred on, and the one of a key
+  View bias;                 // [Hq, 2K+1] in the working type: added to the score of offset t = j - i at clamp(t, -K, K) + K
   View bucket_q, bucket_k;   // the same shapes, by position: pairs need equal ones
   int64_t chunk = 64, look_back = 0, look_ahead = 0;
   int64_t window = 0;        // pairs are fewer positions apart; 0: they need not be
@@ -36,6 +37,7 @@ struct SoftmaxBackward {
   View grad_out, out, lse;
   View delta;                // like lse, scratch
   View dq, dk, dv;           // contiguous; without k, dq is the whole gradient of q
+  View dbias;                // [Hq, 2K+1] in the working type, with a bias
 };
 
 }  // namespace longattn

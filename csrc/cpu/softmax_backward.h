@@ -30,6 +30,7 @@ struct BackwardScratch {
   Origin<T> k_origin;
   T* factor;
   Matrix<T> k, k_transposed, v, v_transposed, dk, dv, p, ds, kept, row;
+  T *bias, *dbias;
   int64_t bytes;
 
   BackwardScratch(char* memory, const Tiles& x, int64_t segment) {
@@ -44,6 +45,7 @@ struct BackwardScratch {
     v = arena.take(tile_tokens, E), v_transposed = arena.take(E, tile_tokens), dv = arena.take(tile_tokens, E);
     for (Matrix<T>* m : {&p, &ds, &kept}) *m = arena.take(tile_tokens, tile_tokens);
     row = arena.take(4, std::max(D, E));
+    for (T** p : {&bias, &dbias}) *p = arena.take(1, 2 * tile_tokens + width<T>).p;
     bytes = arena.bytes;
   }
 };
@@ -51,6 +53,7 @@ struct BackwardScratch {
 template <class T>
 struct TileBackward {
   static constexpr int64_t segment_of_windows = 32, longest_segment = 512;  // query tiles
+  static constexpr int64_t biased_tasks = 16;
   const SoftmaxProblem& x;
   const SoftmaxBackward& y;
   Tiles tiles;
@@ -68,6 +71,8 @@ struct TileBackward {
     int64_t all = std::max<int64_t>(query_tiles(), 1);
     if (windowed) return std::min(all, segment_of_windows);
     int64_t parts = key_heads() >= x.threads ? 1 : 2 * x.threads;
+    // a segment sums the gradient of the bias, so the threads must not say how many there are
+    if (x.bias) parts = (biased_tasks + key_heads() - 1) / std::max<int64_t>(key_heads(), 1);
     return std::clamp<int64_t>((all + parts - 1) / parts, 1, longest_segment);
   }
   int64_t segments() const { return std::max<int64_t>((query_tiles() + segment() - 1) / segment(), 1); }
@@ -81,8 +86,11 @@ struct TileBackward {
   int64_t sums_size() const { return tiles.groups * dq_size() + dk_size() + tiles.S * tiles.E; }
   int64_t sums_bytes() const { return needs_sums() ? wave() * sums_size() * int64_t(sizeof(T)) : 0; }
   int64_t workspace() const {
-    return x.threads * Worker(nullptr, tiles, segment()).bytes + round_up(sums_bytes(), 64) + 64;
+    return x.threads * Worker(nullptr, tiles, segment()).bytes + round_up(sums_bytes(), 64) + dbias_bytes() + 64;
   }
+
+  // the gradient of the bias, of each query head of each sequence and each segment
+  int64_t dbias_bytes() const { return x.bias ? round_up(tiles.units() * segments() * x.bias.size[1] * 8, 64) : 0; }
 
   // rows of gradients in the working type
   struct Sums {
@@ -103,6 +111,11 @@ struct TileBackward {
     char* memory = first_line(x.workspace.data);
     T* sums = reinterpret_cast<T*>(memory);
     memory += round_up(sums_bytes(), 64);
+    if (x.bias) {
+      expect_shape(y.dbias, "dbias", {tiles.Hq, x.bias.size[1]}), expect_dtype(y.dbias, "dbias", acc);
+      biases = reinterpret_cast<double*>(memory), memory += dbias_bytes();
+      std::fill_n(biases, dbias_bytes() / 8, 0.0);
+    }
     std::vector<Worker> workers;
     int64_t bytes = Worker(nullptr, tiles, segment()).bytes, all = key_heads(), n = segments(), wave = this->wave();
     for (int i = 0; i < x.threads; ++i) workers.emplace_back(memory + i * bytes, tiles, segment());
@@ -128,6 +141,24 @@ struct TileBackward {
             convert_rows(head(key_head, group), group, part, n, sums_of(sums, key_head, group, place));
         });
     }
+    if (x.bias) sum_biases();
+  }
+
+  double* biases = nullptr;
+  double* bias_of(const Head& head, int64_t part) const {
+    return biases + ((head.queries.n * tiles.Hq + head.h) * segments() + part) * x.bias.size[1];
+  }
+  // in one order, whatever the threads
+  void sum_biases() const {
+    int64_t n = x.bias.size[1], parts = segments();
+    parallel_tasks(tiles.Hq, x.threads, [&](int64_t h, int) {
+      for (int64_t i = 0; i < n; ++i) {
+        double total = 0;
+        for (int64_t s = 0; s < tiles.sequences.N; ++s)
+          for (int64_t part = 0; part < parts; ++part) total += biases[((s * tiles.Hq + h) * parts + part) * n + i];
+        y.dbias.template as<T>()[h * n + i] = static_cast<T>(total);
+      }
+    });
   }
 
   Head head(int64_t key_head, int64_t group) const {
@@ -239,7 +270,7 @@ struct TileBackward {
           bool own_query = own_q.first <= t && t < own_q.last;
           QueryTile<T>& q = own_query ? w.own[t - own_q.first] : w.guest;
           if (!own_query || !q.loaded) load_queries(q, head, round, t);
-          if (q.origin.any) meet(w, round, q, dropout, own_query, own_key);
+          if (q.origin.any) meet(w, head, round, part, q, dropout, own_query, own_key);
         }
       }
       if (!loaded) continue;
@@ -281,13 +312,15 @@ struct TileBackward {
     return true;
   }
 
-  void meet(Worker& w, int64_t round, QueryTile<T>& q, const Dropout<T>& dropout, bool own_query, bool own_key) {
+  void meet(Worker& w, const Head& head, int64_t round, int64_t part, QueryTile<T>& q, const Dropout<T>& dropout,
+            bool own_query, bool own_key) {
     constexpr int W = width<T>;
     const Origin<T>& k = w.k_origin;
     int64_t rows = q.origin.rows, n = k.rows;
     Rules<T> rules = rules_of(tiles, round, q.origin, k);
     multiply<T, T>(rows, tiles.D, q.q, w.k_transposed, n, w.p, false);
     multiply<T, T>(rows, tiles.E, q.g, w.v_transposed, n, w.ds, false);
+    if (x.bias) load_bias(x.bias, head.h, q.origin, k, w.bias);
     for (int64_t i = 0; i < rows; ++i) {
       T *p = w.p.row(i), *ds = w.ds.row(i), *kept = w.kept.row(i), lse = q.lse[i], delta = q.delta[i];
       uint32_t row = dropout.on ? dropout.row(q.origin.position[i]) : 0;
@@ -295,6 +328,7 @@ struct TileBackward {
       if (lse == nothing<T>) lse = std::numeric_limits<T>::max();
       for (int64_t j = 0; j < n; j += W) {
         V<T> s = load(p + j);
+        if (x.bias) s += load(bias_row(w.bias, i) + j);
         if (rules.masked) s = rules.allowed(q.origin, i, k, j) ? s : broadcast(nothing<T>);
         V<T> weight = exp_share(s - lse), dp = load(ds + j);
         weight = s == nothing<T> ? V<T>{} : weight;
@@ -318,6 +352,22 @@ struct TileBackward {
               std::fill(w.dv.row(j), w.dv.row(j) + padded<T>(tiles.E), std::numeric_limits<T>::quiet_NaN());
     }
     if (own_query) multiply<T, T>(rows, n, w.ds, w.k, tiles.D, q.dq, true);
+    if (own_query && x.bias) add_bias(w, q.origin, bias_of(head, part));
+  }
+
+  // diagonal sums of a tile
+  void add_bias(Worker& w, const Origin<T>& q, double* to) const {
+    constexpr int W = width<T>;
+    const Origin<T>& k = w.k_origin;
+    std::fill_n(w.dbias, 2 * tile_tokens + W, T(0));
+    for (int64_t i = 0; i < q.rows; ++i) {
+      T* sums = bias_row(w.dbias, i);
+      int64_t j = 0;
+      for (; j + W <= k.rows; j += W) store(sums + j, load(sums + j) + load(w.ds.row(i) + j));
+      for (; j < k.rows; ++j) sums[j] += w.ds.row(i)[j];
+    }
+    int64_t reach = x.bias.size[1] / 2, least = k.position[0] - q.position[0] - (tile_tokens - 1);
+    for (int64_t i = 0; i < offsets_of_tile; ++i) to[std::clamp(least + i, -reach, reach) + reach] += w.dbias[i];
   }
 
   // what a round adds to the gradients of a key and its value

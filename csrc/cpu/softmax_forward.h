@@ -32,7 +32,7 @@ struct ForwardScratch {
   KeyTile<T, A>* tiles;
   int64_t slots;
   QueryRows<T, A> queries[block];
-  Matrix<T> scaled, scores, row, transposed;
+  Matrix<T> scaled, scores, row, transposed, bias;
   Matrix<A> p_factor;
   T *share, *new_top;
   int64_t bytes;
@@ -49,6 +49,7 @@ struct ForwardScratch {
     }
     scaled = arena.take(tile_tokens, D), row = arena.take(2, std::max(D, E));
     scores = arena.take(tile_tokens, group * tile_tokens);
+    if (x.x.bias) bias = arena.take(group, 2 * tile_tokens + width<T>);
     for (T** p : {&share, &new_top}) *p = arena.take(1, tile_tokens).p;
     if constexpr (per<A> == 2) {
       p_factor = arena.template take<A>(tile_tokens, group * tile_tokens / 2);
@@ -195,7 +196,7 @@ struct TileForward {
           const KeyTile<T, A>& k = key_tile(w, head, round, g);
           if (k.origin.any) group[met++] = &k;
         }
-        if (met) meet(w, q, round, group, met, dropout);
+        if (met) meet(w, head, q, round, group, met, dropout);
       }
     for (int64_t n = 0; n < count; ++n) {
       QueryRows<T, A>& q = w.queries[n];
@@ -232,7 +233,7 @@ struct TileForward {
     q.window = from.any || !tiles.shared ? tiles.window(head, round, tile) : Range{0, 0};
   }
 
-  void meet(Worker& w, QueryRows<T, A>& q, int64_t round, const KeyTile<T, A>* const* group, int64_t count,
+  void meet(Worker& w, const Head& head, QueryRows<T, A>& q, int64_t round, const KeyTile<T, A>* const* group, int64_t count,
             const Dropout<T>& dropout) {
     constexpr int W = width<T>;
     int64_t rows = q.origin.rows, vectors[Worker::group];
@@ -244,6 +245,7 @@ struct TileForward {
         multiply<T, A>(rows, round_up(tiles.D, 2 * W) / 2, q.factor, k.k, k.origin.rows, s, false);
       else multiply<T, A>(rows, tiles.D, q.q, k.k, k.origin.rows, s, false);
       rules[g] = rules_of(tiles, round, q.origin, k.origin), vectors[g] = padded<T>(k.origin.rows) / W;
+      if (x.bias) load_bias(x.bias, head.h, q.origin, k.origin, w.bias.row(g));
     }
     for (int64_t i = 0; i < rows; ++i) {
       V<T> top = broadcast(nothing<T>);
@@ -253,8 +255,9 @@ struct TileForward {
         for (int64_t j = 0; j < vectors[g]; ++j) {
           V<T> value = load(s + j * W);
           if (per<A> == 2) value *= load(k.factor + j * W);
+          if (x.bias) value += load(bias_row(w.bias.row(g), i) + j * W);
           if (rules[g].masked) value = rules[g].allowed(q.origin, i, k.origin, j * W) ? value : broadcast(nothing<T>);
-          if (per<A> == 2 || rules[g].masked) store(s + j * W, value);
+          if (per<A> == 2 || rules[g].masked || x.bias) store(s + j * W, value);
           top = larger(value, top);
         }
       }

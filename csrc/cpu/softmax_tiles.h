@@ -153,6 +153,18 @@ Rules<T> rules_of(const Tiles& x, int64_t round, const Origin<T>& q, const Origi
   return y;
 }
 
+// what is added to the scores of a tile in its own order: row i starts at `bias_row`. to: [2 tile_tokens + a vector]
+constexpr int64_t offsets_of_tile = 2 * tile_tokens - 1;
+template <class T>
+void load_bias(const View& bias, int64_t h, const Origin<T>& q, const Origin<T>& k, T* to) {
+  int64_t reach = bias.size[1] / 2, least = k.position[0] - q.position[0] - (tile_tokens - 1);
+  const T* from = bias.as<T>() + h * bias.stride[0] + reach * bias.stride[1];
+  for (int64_t i = 0; i < offsets_of_tile; ++i) to[i] = from[std::clamp(least + i, -reach, reach) * bias.stride[1]];
+  std::fill_n(to + offsets_of_tile, width<T> + 1, T(0));
+}
+template <class T>
+inline T* bias_row(T* offsets, int64_t i) { return offsets + tile_tokens - 1 - i; }
+
 // what a key is multiplied by before it meets a query
 template <class T>
 inline T factor_of(const SoftmaxProblem& x, int64_t b, int64_t kv, int64_t at) {

@@ -169,6 +169,10 @@ struct Tiles {
     } else {
       expect(!x.order_k && !x.dedupe && !x.bucket_q, "rounds need an order of the queries");
     }
+    if (x.bias) {
+      expect(!sorted && x.bias.rank == 2 && x.bias.size[1] % 2 == 1, "a bias by offset needs tokens in their own order");
+      expect_shape(x.bias, "bias", {Hq, x.bias.size[1]}), expect_dtype(x.bias, "bias", acc);
+    }
     if (x.wrap) {
       int64_t chunks = Tiling(S, x.chunk).chunks;
       expect(shared && sorted && !x.dedupe && !x.bucket_q && !x.cu_seqlens, "wrap needs one order, windows and no dedupe");

@@ -309,15 +309,16 @@ def backward(
     out: Tensor,                               # [B, Hq, L, E]
     lse: Tensor,                               # [B, Hq, L]
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq [B, Hq, L, D], dk [B, H, S, D] (empty when k is None: dq is the gradient of both), dv [B, H, S, E]"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dq [B, Hq, L, D], dk [B, H, S, D] (empty when k is None: dq is the gradient of both), dv [B, H, S, E], empty (the
+    gradient of a bias, which these kernels do not take)"""
     call = _Call(q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k, **options)
     dq, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, v))
     dk = dq.new_empty(0) if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if not call.S or not call.L:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), dq.new_empty(0)
     if call.B * call.H:
         with guard(q.device):
             call.prepare(grad_out, out.contiguous(), lse.contiguous())
             call.gradients(dq, dk, dv)
-    return dq, dk, dv
+    return dq, dk, dv, dq.new_empty(0)

@@ -10,6 +10,7 @@ Every backend (`native/softmax.py`, `kernels/triton/softmax.py`) has a `forward`
                   (order_k None beside an order_q: the same)
     rank_q/_k     int32, alike but by position: the key chunk that holds a key, that a query's chunk is centred on
     bucket_q/_k   int32, alike: a pair needs equal buckets in its round; None: it does not
+    bias          [Hq, 2K+1], sums' dtype: added to the score at t = j - i, which stops at -K and K; without orders only
 
 and the options below. Query i meets key j in round r if -look_back <= rank_k[r, j] - rank_q[r, i] <= look_ahead, j is
 not padded, j <= i if is_causal, |i - j| < window if window > 0, in one sequence, with equal buckets. dedupe counts a
@@ -66,7 +67,7 @@ def engine(impl: str):
 
 _INPUTS = (
     "Tensor q, Tensor? k, Tensor v, Tensor? mask, Tensor? cu_seqlens, Tensor? key_scale, Tensor? order_q, "
-    "Tensor? order_k, Tensor? rank_q, Tensor? rank_k, Tensor? bucket_q, Tensor? bucket_k"
+    "Tensor? order_k, Tensor? rank_q, Tensor? rank_k, Tensor? bucket_q, Tensor? bucket_k, Tensor? bias"
 )
 _OPTIONS = (
     "int chunk, int look_back, int look_ahead, int window, bool is_causal, int self_rule, bool dedupe, bool wrap, "
@@ -75,9 +76,9 @@ _OPTIONS = (
 torch.library.define("longattn::_softmax_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
     "longattn::_softmax_backward",
-    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-INPUTS = 12
+INPUTS = 13
 
 
 @torch.library.register_fake("longattn::_softmax_forward")
@@ -88,24 +89,29 @@ def _(q, k, v, *rest):
 
 @torch.library.register_fake("longattn::_softmax_backward")
 def _(grad_out, q, k, v, *rest):
-    return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape), q.new_empty(v.shape)
+    bias = rest[INPUTS - 4]
+    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape), q.new_empty(v.shape), dbias
 
 
 def _both(*tensors):
     """What queries and keys share, named twice, as the engines take it."""
-    *others, rank_q, rank_k, bucket_q, bucket_k = tensors
-    return *others, rank_q, rank_q if rank_k is None else rank_k, bucket_q, bucket_q if bucket_k is None else bucket_k
+    *others, rank_q, rank_k, bucket_q, bucket_k, bias = tensors
+    rank_k, bucket_k = rank_q if rank_k is None else rank_k, bucket_q if bucket_k is None else bucket_k
+    return (*others, rank_q, rank_k, bucket_q, bucket_k), {} if bias is None else {"bias": bias}
 
 
 def _forward(*arguments):
     tensors, options = arguments[:INPUTS], Options(*arguments[INPUTS:])._asdict()
-    return engine(options.pop("impl")).forward(*_both(*tensors), **options)
+    tensors, more = _both(*tensors)
+    return engine(options.pop("impl")).forward(*tensors, **options, **more)
 
 
 def _backward(grad_out, *arguments):
     tensors, saved, options = arguments[:INPUTS], arguments[INPUTS : INPUTS + 2], Options(*arguments[INPUTS + 2 :])
     options = options._asdict()
-    return engine(options.pop("impl")).backward(grad_out, *_both(*tensors), *saved, **options)
+    tensors, more = _both(*tensors)
+    return engine(options.pop("impl")).backward(grad_out, *tensors, *saved, **options, **more)
 
 
 for _device in ("cpu", "cuda"):
@@ -149,8 +155,10 @@ class _SoftmaxAttention(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(tensors[INPUTS])
-        dq, dk, dv = _SoftmaxBackward.apply(grad_out, *tensors, *ctx.options)
-        return dq, None if tensors[1] is None else dk, dv, *(None,) * (INPUTS - 2)
+        dq, dk, dv, dbias = _SoftmaxBackward.apply(grad_out, *tensors, *ctx.options)
+        # those of rows, then nothing for what says who meets whom
+        rows, bias = (dq, None if tensors[1] is None else dk, dv), tensors[INPUTS - 1]
+        return *rows, *(None,) * (INPUTS - 4), None if bias is None else dbias, None
 
 
 def attend(
@@ -162,12 +170,13 @@ def attend(
     key_scale: Tensor | None,
     orders: tuple[Tensor | None, ...],
     options: Options,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """One call of the engine, with autograd where a gradient is wanted. orders: order_q ... bucket_k. -> output"""
     order_q, order_k, rank_q, rank_k, bucket_q, bucket_k = orders
     # torch.compile takes no tensor twice
     rank_k, bucket_k = None if rank_k is rank_q else rank_k, None if bucket_k is bucket_q else bucket_k
-    tensors = (q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k)
-    if tracked(q, k, v):
+    tensors = (q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k, bias)
+    if tracked(q, k, v, bias):
         return _SoftmaxAttention.apply(*tensors, options)[0]
     return torch.ops.longattn._softmax_forward(*tensors, *options)[0]

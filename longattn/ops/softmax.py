@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference import softmax as reference
-from . import _check, _dispatch, _tiles
+from . import _check, _dispatch, _tiles, _toeplitz
 from ._autograd import transformed
+from ._prefix import accumulator
 
 # tokens of a tile on the CPU
 CHUNK = 64
@@ -47,6 +48,7 @@ class _Call(NamedTuple):
     enable_gqa: bool
     window: int | None
     chunks: Chunks | None
+    rpe_bias: Tensor | None
     explanation: _dispatch.Explanation
 
 
@@ -85,6 +87,7 @@ def _prepare(
     key_padding_mask: Tensor | None = None,
     window: int | None = None,
     chunks: Chunks | None = None,
+    rpe_bias: Tensor | None = None,
     impl: str = "auto",
 ) -> _Call:
     q, k, v = query, key, value
@@ -99,6 +102,9 @@ def _prepare(
         _check.fail(op, f"window must be a positive integer or None, got {window!r}")
     if window is not None and attn_mask is not None:
         _check.fail(op, "attn_mask and window exclude each other; put the window into attn_mask")
+    if rpe_bias is not None:
+        _toeplitz.check_bias(op, rpe_bias, q.shape[1], q.device)
+        rpe_bias = rpe_bias.to(accumulator(q.dtype)).expand(q.shape[1], -1)
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -106,11 +112,10 @@ def _prepare(
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
-    no_window = "torch's kernels know no window; as attn_mask it would take O(L S) memory"
     reasons = {
-        "cpu": _refuses("cpu", q, k, v, attn_mask),
-        "torch": None if window is None and chunks is None else no_window,
-        "triton": _refuses("triton", q, k, v, attn_mask),
+        "cpu": _refuses("cpu", q, k, v, attn_mask, rpe_bias),
+        "torch": _torch_refuses(window, chunks, rpe_bias),
+        "triton": _refuses("triton", q, k, v, attn_mask, rpe_bias),
         "reference": None,
     }
     if impl == "auto" and (dropout_p > 0 or _are_few(q.shape[2]) or transformed()):
@@ -120,7 +125,7 @@ def _prepare(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     explanation = _dispatch.Explanation(op, chosen, reasons)
     masks = (attn_mask, key_padding_mask, dropout_p, bool(is_causal))
-    return _Call(q, k, v, *masks, scale, enable_gqa, window, chunks, explanation)
+    return _Call(q, k, v, *masks, scale, enable_gqa, window, chunks, rpe_bias, explanation)
 
 
 def _are_few(tokens: int) -> bool:
@@ -132,8 +137,18 @@ def _are_few(tokens: int) -> bool:
     return tokens < CHUNK
 
 
-def _refuses(impl: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> str | None:
+def _torch_refuses(window: int | None, chunks: Chunks | None, rpe_bias: Tensor | None) -> str | None:
+    if window is not None or chunks is not None:
+        return "torch's kernels know no window; as attn_mask it would take O(L S) memory"
+    return None if rpe_bias is None else "torch's kernels know no rpe_bias; as attn_mask it would take O(L S) memory"
+
+
+def _refuses(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, rpe_bias: Tensor | None
+) -> str | None:
     reason = _dispatch.refuses(impl, q)
+    if reason is None and rpe_bias is not None and impl == "triton":
+        return "rpe_bias runs in the CPU's tiles; in Triton it is for linear_attention"
     if reason is None and attn_mask is not None:
         return "attn_mask runs in torch; causality, windows and key padding run here"
     return _tiles.engine(impl).refuses(q, k, v) if reason is None and impl == "triton" else reason
@@ -157,11 +172,11 @@ def _run_tiles(call: _Call) -> Tensor:
         seed=seed,
         impl=call.explanation.chosen,
     )
-    return _tiles.attend(call.q, call.k, call.v, call.padding, None, None, (None,) * 6, options)
+    return _tiles.attend(call.q, call.k, call.v, call.padding, None, None, (None,) * 6, options, call.rpe_bias)
 
 
 def _run(call: _Call) -> Tensor:
-    q, k, v, mask, padding, dropout_p, is_causal, scale, enable_gqa, _, _, explanation = call
+    q, k, v, mask, padding, dropout_p, is_causal, scale, enable_gqa, _, _, _, explanation = call
     if explanation.chosen == "reference":
         return _run_reference(call).output
     if explanation.chosen in ("cpu", "triton") and dropout_p < 1:
@@ -203,7 +218,7 @@ def _merge(mask: Tensor | None, padding: Tensor, L: int, is_causal: bool) -> Ten
 
 
 def _run_reference(call: _Call) -> SoftmaxAttentionOutput:
-    q, k, v, mask, padding, dropout_p, is_causal, scale, _, window, chunks, _ = call
+    q, k, v, mask, padding, dropout_p, is_causal, scale, _, window, chunks, rpe_bias, _ = call
     if chunks is not None:
         at = [torch.arange(n, device=q.device) // chunks.size for n in (q.shape[2], k.shape[2])]
         ahead = at[1] - at[0][:, None]  # [L, S]
@@ -211,6 +226,7 @@ def _run_reference(call: _Call) -> SoftmaxAttentionOutput:
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     with _dispatch.without_autocast(q.device.type):
         rules = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "window": window}
+        rules["rpe_bias"] = rpe_bias
         output, weights = reference.softmax_attention(q.to(acc), k.to(acc), v.to(acc), mask, padding, **rules)
     return SoftmaxAttentionOutput(output.to(q.dtype), weights.to(q.dtype))
 
@@ -237,6 +253,7 @@ def softmax_attention(
     *,
     key_padding_mask: Tensor | None = None,
     window: int | None = None,
+    rpe_bias: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` with a key padding mask and a promise about masked rows.
@@ -257,6 +274,8 @@ def softmax_attention(
     key_padding_mask: bool `[B, S]`, True for a padded key: ignored whatever it holds (NaN too), with gradient 0.
     window: query i sees keys j with |i - j| < window (so i and the window - 1 before it, if causal), in time
         O((L + S) window). Excludes attn_mask; torch's kernels do not know it.
+    rpe_bias: `[Hq, 2K+1]`, or `[2K+1]` for all heads: bias[clamp(j - i, -K, K) + K] is added to a score; -inf hides an
+        offset. By impl="cpu" in memory of O(L + S + K), gradient included; torch does not know it.
     impl: "auto", "cpu" and "triton" (our own tiles, without attn_mask), "torch" (torch's SDPA) or "reference" (dense);
         see `longattn.explain`. "auto" takes "cpu" where it can run, from 64 queries on and without dropout, else
         "torch", and on a GPU "triton" for a window.
@@ -273,7 +292,7 @@ def softmax_attention(
     causality alone hides may reach every row.
     Raises ValueError or TypeError in a sentence.
     """
-    options = {"key_padding_mask": key_padding_mask, "window": window, "impl": impl}
+    options = {"key_padding_mask": key_padding_mask, "window": window, "rpe_bias": rpe_bias, "impl": impl}
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return attend("softmax_attention", *arguments, **options)
 
