@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -13,6 +12,9 @@ from torch import Tensor
 from . import _check
 
 METHODS = ("auto", "prefix", "tiles", "fft")
+# logarithm below the largest of a head under which a factor counts as 0, so that no sum of weights is so small that its
+# inverse overflows
+SMALLEST = {torch.float32: -60.0, torch.float64: -600.0}
 
 
 # factors
@@ -38,7 +40,7 @@ def factors(bias: Tensor, heads: int, reach: int, *, is_causal: bool, normalize:
     """exp(bias) `[heads, 2 reach + 1]` of the offsets -reach to reach; those beyond the bias take its ends.
 
     With normalize the largest of a head is 1: what it is divided by cancels, and depends on the bias alone, not on the
-    length. With is_causal the offsets above 0 get 0.
+    length; those below e^-60 (float64: e^-600) are 0. With is_causal the offsets above 0 get 0.
     """
     bias = bias.to(dtype).expand(heads, -1)
     middle = bias.shape[1] // 2
@@ -48,6 +50,7 @@ def factors(bias: Tensor, heads: int, reach: int, *, is_causal: bool, normalize:
         top = bias.detach().amax(-1, keepdim=True)
         # a head whose offsets are all -inf
         bias = bias - top.masked_fill(top == -math.inf, 0)
+        bias = bias.masked_fill(bias < SMALLEST.get(dtype, -math.inf), -math.inf)
     c = torch.exp(bias)
     if is_causal:
         c = torch.cat([c, c.new_zeros(heads, middle)], 1)
@@ -61,38 +64,36 @@ def factors(bias: Tensor, heads: int, reach: int, *, is_causal: bool, normalize:
 # the method
 
 
-@functools.cache
-def crossovers() -> dict:
-    """Lengths from which the FFT is faster than tiles, by device, direction and number of features; see its "how"."""
-    return json.loads((Path(__file__).parent.parent / "data" / "toeplitz_crossover.json").read_text())
+# lengths from which the FFT is faster than tiles, [features, tokens] by device and direction; see its "how"
+CROSSOVER = json.loads((Path(__file__).parent.parent / "data" / "toeplitz_crossover.json").read_text())
+MEASURED_VALUE_DIM = 64
 
 
-# torch.compile need not look into files
-crossovers._dynamo_marked_constant = True
+def prefers_fft(reach: int, device: str, features: int, value_dim: int, is_causal: bool) -> bool:
+    """Whether the FFT is faster than tiles of so many offsets.
 
-
-def crossover(device: str, features: int, value_dim: int, is_causal: bool) -> float:
-    """From how many offsets on the FFT is faster than tiles.
-
-    Measured at E = 64. A pair costs tiles M + E, and a token costs the FFT M (E + 1) transforms, so lengths between and
-    beyond those measured go with M E / (M + E).
+    A pair costs tiles M + E, and a token costs the FFT M (E + 1) transforms: between and beyond what was measured the
+    length goes with M E / (M + E).
     """
-    table = crossovers()["cpu" if device == "cpu" else "cuda"]["causal" if is_causal else "full"]
-    nearest = min(table, key=lambda M: abs(math.log(int(M) / features)))
-    measured = int(nearest) * 64 / (int(nearest) + 64)
-    return table[nearest] * (features * value_dim / (features + value_dim)) / measured
+    table = CROSSOVER["cpu" if device == "cpu" else "cuda"]["causal" if is_causal else "full"]
+    M, tokens = table[0]
+    for entry in table[1:]:
+        if features >= entry[0]:
+            M, tokens = entry
+    E = MEASURED_VALUE_DIM
+    # in integers, which torch.compile follows with any of them open
+    return reach * (features + value_dim) * M * E >= tokens * features * value_dim * (M + E)
 
 
 def choose(
-    method: str, bias_reach: int, needed: int, limit: float, *, packed: bool, keeps_state: bool
+    method: str, bias_reach: int, needed: int, *, shape: tuple[str, int, int, bool], packed: bool, keeps_state: bool
 ) -> tuple[str, str]:
-    """-> the method, and why. needed: the largest offset of the call; limit: `crossover`."""
+    """-> the method, and why. needed: the largest offset of the call; shape: the rest of `prefers_fft`'s arguments."""
     if method != "auto":
         return method, "as asked for"
-    reach = min(bias_reach, needed)
     if keeps_state:
         return "prefix", "the method that carries a state"
-    if reach >= limit and not packed:
+    if not packed and prefers_fft(min(bias_reach, needed), *shape):
         return "fft", "the bias reaches further than tiles are faster"
     if bias_reach < needed:
         return "prefix", "the bias is clipped short of the length"

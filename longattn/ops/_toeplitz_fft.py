@@ -160,15 +160,18 @@ def backward(
         keyed, queried = _Rows(q, circulant.length), _Rows(q, circulant.length)
         dq_one, dk_one, dvalues = torch.zeros_like(one.q), torch.zeros_like(one.k), torch.zeros_like(one.values)
         correlation = torch.zeros_like(circulant.spectrum, dtype=torch.complex128)
+        # written out: inside an op that torch.compile calls, the lazy conjugate of .conj() is lost
+        transposed = circulant.spectrum.conj_physical()
         for f, e in _blocks(M, E + 1, circulant.length * q.itemsize):
             spectrum = keyed.spectrum(one.k[f], one.values[e])
+            mirrored = spectrum.conj_physical()
             for g, kernel in enumerate(circulant.spectrum):
                 pulled = queried.spectrum(one.q[g, f], above[g, e])
                 # sum_i P_i A_(i-s) of every shift s is the derivative of its factor
-                correlation[g] += (pulled * spectrum.conj()).sum((0, 1))
+                correlation[g] += (pulled * mirrored).sum((0, 1))
                 y = torch.fft.irfft(spectrum * kernel, circulant.length)[..., :n_q]
                 dq_one[g, f] += y.mul_(above[g, e]).sum(1)
-                y = torch.fft.irfft(pulled.mul_(kernel.conj()), circulant.length)[..., :n_k]
+                y = torch.fft.irfft(pulled.mul_(transposed[g]), circulant.length)[..., :n_k]
                 dk_one[f] += (y * one.values[e]).sum(1)
                 for row, weighted in zip(one.k[f], y, strict=True):
                     dvalues[e].addcmul_(weighted, row)

@@ -320,9 +320,9 @@ def linear_attention(
     enable_gqa: Hq may be a multiple of H; query head h reads key head h // (Hq / H).
     rpe_bias: b `[Hq, 2K+1]`, or `[2K+1]` for all heads: weights become exp(b_(j-i)) phi(q_i).phi(k_j), exactly and
         differentiably in b (Luo et al. 2021, arXiv 2106.12566). Offset t is at t + K, and an offset further than K
-        reads the end that is nearer, so [Hq, 2N-1] holds every offset of N tokens. -inf hides an offset. Other numbers
-        that are not finite are refused on a CPU, where looking waits for nothing. A Favor map must have
-        normalize="l2". With the features it is another function than softmax attention with this bias.
+        reads the end that is nearer, so [Hq, 2N-1] holds every offset of N tokens. -inf hides an offset, and with
+        normalize so does b more than 60 (float64: 600) below a head's largest. NaN and +inf are refused on a CPU, where
+        looking waits for nothing. A Favor map must have normalize="l2". It is not softmax attention with this bias.
     rpe_method: how, not what: "prefix" (time n (K + M)), "tiles" (time n^2), "fft" (time n log n, rounded to about
         1e-5 of the largest weights of all rows), or "auto"; see `longattn.explain`.
     impl: "auto", "cpu", "triton", "cuda", "reference". See `longattn.explain`.

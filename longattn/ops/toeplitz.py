@@ -123,10 +123,10 @@ class _ToeplitzAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_normalizer):
-        out = ctx.saved_tensors[-2]
+        *tensors, out, normalizer = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_normalizer = None if ctx.options.normalize else grad_normalizer
-        grads = _ToeplitzBackward.apply(grad_out, grad_normalizer, *ctx.saved_tensors, *ctx.options)
+        grads = _ToeplitzBackward.apply(grad_out, grad_normalizer, *tensors, out, normalizer, *ctx.options)
         return *grads, None, None, None
 
 
@@ -218,10 +218,10 @@ def prepare(
     if keeps_state:
         stream = {"method": method, "is_causal": is_causal, "cu_seqlens": cu_seqlens}
         _check_stream(op, q, k, v, state, bias, n_features, **stream)
-    limit = _toeplitz.crossover(q.device.type, n_features, v.shape[3], is_causal)
     reaches = bias.shape[-1] // 2, max(q.shape[2], k.shape[2], 1) - 1
-    packed = cu_seqlens is not None
-    method, why = _toeplitz.choose(method, *reaches, limit, packed=packed, keeps_state=keeps_state)
+    about = {"packed": cu_seqlens is not None, "keeps_state": keeps_state}
+    shape = (q.device.type, n_features, v.shape[3], is_causal)
+    method, why = _toeplitz.choose(method, *reaches, shape=shape, **about)
     reasons = {name: _refuses(name, q, n_features, v.shape[3], method) for name in _dispatch.IMPLS}
     options = Options(is_causal, normalize, method, _dispatch.choose(op, impl, reasons))
     dense = "the reference forms all pairs, whatever the method"
