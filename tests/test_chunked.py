@@ -322,3 +322,24 @@ def test_recomputing_is_true_in_the_second_run():
     module.up.register_forward_hook(lambda *_: seen.append(longattn.recomputing()))
     module(draw((14, D))[0]).sum().backward()
     assert seen == [False, False, True, True]
+
+
+@pytest.mark.parametrize("tail", [[], [nn.Dropout(0.0)], [nn.Linear(16, 16)]], ids=["last", "dropout", "linear"])
+def test_a_reversible_layer_computes_each_chunk_twice_and_not_three_times(tail, monkeypatch):
+    whole, runs = ChunkedFeedForward._whole, []
+    monkeypatch.setattr(ChunkedFeedForward, "_whole", lambda self, x: runs.append(1) or whole(self, x))
+
+    def gradients(foresees: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = ChunkedFeedForward(16, 32, chunk_size=10, dropout=0.2)
+        layer._foresees = foresees
+        block = ReversibleBlock(nn.Linear(16, 16), nn.Sequential(nn.LayerNorm(16), layer, *tail))
+        x = torch.randn(2, 33, 16, requires_grad=True)
+        runs.clear()
+        torch.stack(block(x, x)).square().sum().backward()
+        return [x.grad, *(p.grad for p in layer.parameters())]
+
+    ahead = gradients(True)
+    # seven chunks; where the layer is not the last its gradient is not known before
+    assert len(runs) == (21 if any(isinstance(m, nn.Linear) for m in tail) else 14)
+    assert all(torch.equal(a, b) for a, b in zip(ahead, gradients(False), strict=True))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ops import _check
 from ..ops._dispatch import without_autocast
 from ..ops._prefix import accumulator
-from .replay import Autocast, Draws, Ran, first_run, gpus_of, gradients, once, replay, trained
+from .replay import Autocast, Draws, Ran, awaited, first_run, gpus_of, gradients, once, replay, trained
 
 # name -> the function, and whether half of the hidden width gates the other
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -36,15 +36,58 @@ def _positive(op: str, name: str, x) -> None:
 # feed-forward
 
 
+class _Gradients:
+    """Those of the rows and of parameters, summed over chunks."""
+
+    def __init__(self, rows: Tensor, wanted: list[Tensor], needs_rows: bool) -> None:
+        self.rows, self.wanted = rows, wanted
+        self.sums: list[Tensor | None] = [None] * len(wanted)
+        self.drows = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs_rows else None
+
+    def chunk(self, layer, piece: slice, grad: Tensor) -> Tensor:
+        """-> what the layer makes of these rows"""
+        needs_rows = self.drows is not None
+        x = self.rows[piece].detach().requires_grad_(needs_rows)
+        y = layer._whole(x)
+        found = gradients(y, [x] * needs_rows + self.wanted, grad)
+        with torch.no_grad():
+            if needs_rows:
+                self.drows[piece] = 0 if found[0] is None else found[0]
+            for i, (p, one) in enumerate(zip(self.wanted, found[needs_rows:], strict=True)):
+                # a parameter that a layer made from this one does not use gets nothing
+                if one is not None and self.sums[i] is None:
+                    self.sums[i] = torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device)
+                if one is not None:
+                    self.sums[i].add_(one)
+        return y.detach()
+
+    def returned(self, needs: list[bool]) -> tuple[Tensor | None, ...]:
+        found = (None if x is None else x.to(p.dtype) for x, p in zip(self.sums, self.wanted, strict=True))
+        return None, self.drows, *(next(found) if need else None for need in needs)
+
+
 class _Chunks(torch.autograd.Function):
-    """The layer chunk by chunk; keeps the rows and nothing else."""
+    """The layer chunk by chunk; keeps the rows and nothing else.
+
+    In the second run of a reversible layer the gradient of its output is known already. Where the output is that of the
+    layer, each chunk then takes its gradients at once, and is not computed a third time.
+    """
 
     @staticmethod
     def forward(ctx, layer, rows, *parameters):
         ctx.ran, ctx.autocast = Ran.now(layer, parameters), Autocast.now(rows.device.type)
         ctx.draws = Draws.now(gpus_of(rows)) if layer.dropout > 0 and layer.training else None
-        with first_run(ctx.autocast):
-            out = layer._by_chunks(rows.detach())
+        ctx.ahead, ahead = None, awaited() if layer._foresees and not ctx.autocast.casts else None
+        if ahead is not None and ahead.numel() == rows.numel() and ahead.dtype == rows.dtype:
+            _, needs_rows, *needs = ctx.needs_input_grad
+            taken = _Gradients(rows, [p for p, need in zip(parameters, needs, strict=True) if need], needs_rows)
+            grads = ahead.reshape(rows.shape)
+            with torch.enable_grad():
+                out = layer._by_chunks(rows, lambda piece: taken.chunk(layer, piece, grads[piece]))
+            ctx.ahead = _address(ahead), taken
+        else:
+            with first_run(ctx.autocast):
+                out = layer._by_chunks(rows.detach())
         ctx.save_for_backward(rows)
         return out
 
@@ -54,24 +97,23 @@ class _Chunks(torch.autograd.Function):
         (rows,), layer = ctx.saved_tensors, ctx.ran.module
         ctx.ran.check()
         _, needs_rows, *needs = ctx.needs_input_grad
+        if ctx.ahead is not None:
+            address, taken = ctx.ahead
+            ctx.ahead = None
+            if address == _address(grad):
+                return taken.returned(needs)
+            # something stands between this layer and the output of the branch
+            layer._foresees = False
         wanted = [p for p, need in zip(ctx.ran.parameters, needs, strict=True) if need]
-        sums: list[Tensor | None] = [None] * len(wanted)
-        drows = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs_rows else None
+        taken = _Gradients(rows, wanted, needs_rows)
         with replay(ctx.autocast, ctx.draws):
             for piece in _pieces(len(rows), layer.chunk_size):
-                x = rows[piece].detach().requires_grad_(needs_rows)
-                found = gradients(layer._whole(x), [x] * needs_rows + wanted, grad[piece])
-                with torch.no_grad():
-                    if needs_rows:
-                        drows[piece] = 0 if found[0] is None else found[0]
-                    for i, (p, one) in enumerate(zip(wanted, found[needs_rows:], strict=True)):
-                        # a parameter that a layer made from this one does not use gets nothing
-                        if one is not None and sums[i] is None:
-                            sums[i] = torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device)
-                        if one is not None:
-                            sums[i].add_(one)
-        found = iter([None if x is None else x.to(p.dtype) for x, p in zip(sums, wanted, strict=True)])
-        return None, drows, *(next(found) if need else None for need in needs)
+                taken.chunk(layer, piece, grad[piece])
+        return taken.returned(needs)
+
+
+def _address(x: Tensor) -> tuple:
+    return x.data_ptr(), x.numel(), x.dtype, x.is_contiguous(), x._version
 
 
 def _pieces(n: int, size: int) -> list[slice]:
@@ -112,6 +154,8 @@ class ChunkedFeedForward(nn.Module):
         if not (isinstance(dropout, (int, float)) and 0 <= dropout <= 1):
             _check.fail("ChunkedFeedForward", f"dropout must be a probability from 0 to 1, got {dropout!r}")
         self.dim, self.hidden, self.chunk_size = dim, hidden, chunk_size
+        # whether its output has been found to be that of a reversible layer's branch
+        self._foresees = True
         self.activation, self.dropout = activation, float(dropout)
         made, gated = {"bias": bias, "device": device, "dtype": dtype}, ACTIVATIONS[activation][1]
         self.up = nn.Linear(dim, hidden * (1 + gated), **made)
@@ -139,10 +183,10 @@ class ChunkedFeedForward(nn.Module):
             h = act(h)
         return self.down(torch.dropout(h, self.dropout, self.training))
 
-    def _by_chunks(self, rows: Tensor) -> Tensor:
+    def _by_chunks(self, rows: Tensor, run: Callable[[slice], Tensor] | None = None) -> Tensor:
         out = None
         for piece in _pieces(len(rows), self.chunk_size):
-            y = self._whole(rows[piece])
+            y = self._whole(rows[piece]) if run is None else run(piece)
             if out is None:
                 out = torch.empty(rows.shape, dtype=y.dtype, device=y.device)
             out[piece] = y

@@ -21,6 +21,11 @@ def recomputing() -> bool:
     return getattr(_here, "depth", 0) > 0
 
 
+def awaited() -> Tensor | None:
+    """In a replay, the gradient that its output is about to get; a module whose output that is may use it at once."""
+    return getattr(_here, "awaited", None)
+
+
 class Autocast(NamedTuple):
     """(device type, enabled, dtype) as a forward found them; no entry where nothing was cast."""
 
@@ -122,9 +127,13 @@ def gpus_of(*tensors: Tensor) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def replay(autocast: Autocast, draws: Draws | None) -> Iterator[None]:
-    """Autocast and generators as they were, and gradients on; afterwards both are where they were found."""
+def replay(autocast: Autocast, draws: Draws | None, gradient: Tensor | None = None) -> Iterator[None]:
+    """Autocast and generators as they were, and gradients on; afterwards both are where they were found.
+
+    gradient: what `awaited` says inside.
+    """
     found = None if draws is None else Draws.now(tuple(i for i, _ in draws.states if i is not None))
+    before, _here.awaited = awaited(), gradient
     _here.depth = getattr(_here, "depth", 0) + 1
     try:
         if draws is not None:
@@ -137,6 +146,7 @@ def replay(autocast: Autocast, draws: Draws | None) -> Iterator[None]:
                 yield
     finally:
         _here.depth -= 1
+        _here.awaited = before
         if found is not None:
             found.restore()
 

@@ -125,7 +125,7 @@ class _Block(torch.autograd.Function):
         def pull(module, stream, other, kwargs, draws, grad, through):
             """other -= module(stream) -> the gradients of the stream and of `wanted`"""
             z = stream.detach().requires_grad_(through)
-            with replay(call.autocast, draws):
+            with replay(call.autocast, draws, grad):
                 y = call.branch(module, z, kwargs)
             op.add(other, y.detach(), grid, True, call.impl, inplace=True)
             if not through:
