@@ -79,8 +79,13 @@ class _Sequence(NamedTuple):
 def _sequences(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
     """Yields b, key head, the slice of its query heads, slices of queries and keys, and the sequence itself."""
     (B, H, S, E), G, L = v.shape, q.shape[1] // max(v.shape[1], 1), q.shape[2]
-    bounds = None if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))
-    parts = [(slice(0, L), slice(0, S))] if bounds is None else [(slice(*ends), slice(*ends)) for ends in bounds]
+    parts = [(slice(0, L), slice(0, S))]
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != L or bounds != sorted(bounds):
+            rule = f"must start at 0, never decrease and end at the length {L}"
+            raise ValueError(f"longattn: cu_seqlens {rule}, got {bounds}")
+        parts = [(slice(*ends), slice(*ends)) for ends in pairwise(bounds)]
     for rows, keys in parts:
         if rows.start == rows.stop or keys.start == keys.stop:
             continue

@@ -300,7 +300,8 @@ def _extend(call: Call, k: Tensor, reach: int) -> tuple[tuple[Tensor, Tensor, Te
     else:
         mask = torch.zeros(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
     if old is not None:
-        k, v = torch.cat([old.ring_key, k], 2), torch.cat([old.ring_value, v], 2)
+        # an empty ring has any dtype
+        k, v = torch.cat([old.ring_key, k], 2), torch.cat([old.ring_value.to(v.dtype), v], 2)
         mask = torch.cat([old.ring_mask, mask], 1)
     leaving = max(k.shape[2] - reach, 0)
     left = k[:, :, :leaving].mT
