@@ -90,44 +90,10 @@ def others() -> Iterator[dict]:
 # peak memory
 
 
-def reset_peak() -> None:
-    """Lets VmHWM start again from the present resident set (Linux, no privilege needed for one's own process)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(field: str = "VmRSS") -> int:
-    """VmRSS or VmHWM (the peak) of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def peak_of(call: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes by which memory grows at most during one call, results included, over what is there before it.
-
-    On a CPU the resident set, on a GPU what torch's allocator hands out.
-    """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before, kept = torch.cuda.memory_allocated(), call()
-        torch.cuda.synchronize()
-        del kept
-        return torch.cuda.max_memory_allocated() - before
-    reset_peak()
-    before = resident()
-    kept = call()
-    peak = resident("VmHWM")
-    del kept
-    return max(0, peak - before)
-
-
 def fresh_peak(
     contender: str, case: dict, threads: int, timeout: float = 900, device: str = "cpu", module: str = "_contenders"
 ) -> dict:
-    """`peak_of` in a process of its own (`_peak.py`): {"peak_mb": ...}, or {"peak_skipped": why}."""
+    """`longattn.profile.peak_of` in a process of its own (`_peak.py`): {"peak_mb": ...}, or {"peak_skipped": why}."""
     environment = {**os.environ, **PEAK_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     environment.pop("THP_MEM_ALLOC_ENABLE", None)
     job = json.dumps({"module": module, "contender": contender, "case": case, "device": device})

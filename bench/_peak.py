@@ -7,8 +7,9 @@ import json
 import os
 import sys
 
-import _measure
 import torch
+
+from longattn.profile import peak_of
 
 # pages, pools and code that any first call takes, paid before the count begins
 WARM_UP_LENGTH = 256
@@ -24,7 +25,7 @@ def main() -> None:
         return contenders.build(job["contender"], case, contenders.make_inputs(case, device))
 
     build(case._replace(n=WARM_UP_LENGTH))()
-    print(json.dumps({"peak_bytes": _measure.peak_of(build(case), device)}))
+    print(json.dumps({"peak_bytes": peak_of(build(case), device)}))
 
 
 if __name__ == "__main__":

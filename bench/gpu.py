@@ -35,6 +35,8 @@ import _gpu_lsh  # noqa: E402
 import _measure  # noqa: E402
 from _contenders import Case, directed, linear, make_inputs  # noqa: E402
 
+from longattn.profile import peak_of  # noqa: E402
+
 HEADS = 16
 # most telling first: the minutes may run out
 LENGTHS = (65536, 1048576, 16384, 262144, 4096, 1024)
@@ -208,7 +210,7 @@ class Measurement:
     def own(self, case: Case) -> None:
         inputs, function = make_inputs(case, "cuda"), linear(case)
         times = interleave({"longattn": directed(case, function, *inputs)}, 1.0, (5, 30))["longattn"]
-        self.record("longattn", case, times, _measure.peak_of(directed(whole(case), function, *inputs), "cuda"))
+        self.record("longattn", case, times, peak_of(directed(whole(case), function, *inputs), "cuda"))
 
     def tiles(self, n: int) -> None:
         """LSH, its parts and exact attention on the tile engine; forward with backward also of torch's attention."""
@@ -225,7 +227,7 @@ class Measurement:
                     continue
             call, whole_call = _gpu_lsh.call_of(case, "cuda"), case.direction not in _gpu_lsh.PARTS
             times = interleave({name: call}, 0.5 if slow else 1.0, (1, 1) if slow else (5, 30))[name]
-            peak = _measure.peak_of(call, "cuda") if whole_call and not slow else None
+            peak = peak_of(call, "cuda") if whole_call and not slow else None
             self.record(name, case, times, peak, _gpu_lsh.floor(case, rates(self.probed, case.dtype)))
             del call
             torch.cuda.empty_cache()
@@ -244,7 +246,7 @@ class Measurement:
         except RuntimeError as error:
             # a backend that this GPU, torch or shape lacks says so in an exception
             return self.skip(name, case, f"not run: {str(error).splitlines()[0]}")
-        peak = None if slow else _measure.peak_of(directed(whole(case), function, *inputs), "cuda")
+        peak = None if slow else peak_of(directed(whole(case), function, *inputs), "cuda")
         self.record(name, case, times, peak)
         return None
 

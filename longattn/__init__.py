@@ -19,6 +19,7 @@ from .ops.lsh import lsh_attention
 from .ops.reversible import reversible_add
 from .ops.softmax import softmax_attention
 from .ops.toeplitz import toeplitz_matvec
+from .profile import profile_memory
 from .state import FavorState, LinearState, ToeplitzState
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "lsh_buckets",
     "lsh_recall",
     "nn",
+    "profile_memory",
     "recomputing",
     "reversible_add",
     "softmax_attention",

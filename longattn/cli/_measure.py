@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -14,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
+
+from ..profile import PeakMemory
 
 # torch maps large blocks with huge pages: without, most of a short call is page faults
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -108,67 +109,6 @@ def call(function: Callable[..., Iterator], *args):
     """The one value that the generator `function(*args)` yields in a fresh process."""
     with contextlib.closing(stream(function, *args)) as values:
         return next(values)
-
-
-# peak memory
-
-
-def _status(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def _reset_high_water() -> bool:
-    """Puts the high-water mark of resident memory back to what is resident now; False where that cannot be done."""
-    try:
-        with open("/proc/self/clear_refs", "w") as stream:
-            stream.write("5")
-    except OSError:
-        return False
-    return True
-
-
-def high_water() -> int:
-    """Bytes of resident memory at its highest so far."""
-    if sys.platform == "linux":
-        return _status("VmHWM")
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _return_free_memory() -> None:
-    """Hands freed heap back to the system, so that its reuse counts as memory again."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-class PeakMemory:
-    """`with PeakMemory() as peak: ...`; then peak.bytes is how far resident memory rose above where it stood.
-
-    Where the high-water mark cannot be reset (`method` says so), an earlier peak of the same process may be counted.
-    """
-
-    method = "growth of resident memory at its highest, in a fresh process"
-
-    def __enter__(self) -> PeakMemory:
-        import psutil
-
-        _return_free_memory()
-        if not _reset_high_water():
-            self.method = f"{PeakMemory.method}, whose earlier peaks may count"
-        self.start = psutil.Process().memory_info().rss
-        self.bytes = 0
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bytes = max(0, high_water() - self.start)
 
 
 # one measurement

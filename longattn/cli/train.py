@@ -166,9 +166,9 @@ def _prepare(args, wishes: Wishes):
 
 
 def _peak() -> int:
-    from . import _measure
+    from ..profile import high_water
 
-    return _measure.high_water()
+    return high_water()
 
 
 def _train(training, wishes: Wishes, folder: str, display) -> None:
