@@ -7,6 +7,7 @@ from . import features, nn
 from ._version import __version__
 from .favor import Favor
 from .lsh import lsh_buckets, lsh_recall
+from .nn.auto import Auto
 from .nn.convert import convert
 from .nn.local import Local
 from .nn.lsh import LSH
@@ -24,6 +25,7 @@ from .state import FavorState, LinearState, ToeplitzState
 
 __all__ = [
     "LSH",
+    "Auto",
     "Favor",
     "FavorState",
     "FidelityReport",

@@ -16,13 +16,17 @@ MECHANISMS = {
     "relu": longattn.Linear("relu", normalize=False),
     "lsh": LSH,
     "local": longattn.Local(4),
+    # its own features for each module
+    "favor": "favor",
+    # exact up to 5 tokens
+    "auto": longattn.Auto(longattn.Local(4), break_even=6),
 }
 ONE, TWO = torch.zeros(2, 5, E), torch.zeros(2, 7, E)
 
 
-def build(mechanism="exact", *, seed=0, dtype=torch.float64, batch_first=True, **options):
+def build(mechanism="exact", *, seed=0, dtype=torch.float64, heads=H, batch_first=True, **options):
     """A module whose every parameter is random, biases too."""
-    module = MultiheadAttention(E, H, batch_first=batch_first, mechanism=mechanism, dtype=dtype, **options)
+    module = MultiheadAttention(E, heads, batch_first=batch_first, mechanism=mechanism, dtype=dtype, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import pickle
 import re
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from _attention import MECHANISMS, E, build, draw, gradients
 from torch import nn
 
+import longattn
 from longattn.nn import MultiheadAttention
 
 # the reference is chosen where nothing was compiled, and says so
@@ -77,12 +79,29 @@ def test_torchs_encoder_never_computes_attention_behind_our_back(mode, replaced,
         torch.testing.assert_close(actual[valid], expected[valid], rtol=1e-5, atol=1e-5)
 
 
-def test_the_flag_is_what_keeps_torch_from_bypassing(calls):
-    encoder, x = encoder_with("exact", replaced=False, layers=1).eval(), torch.randn(3, 6, E)
-    encoder.layers[0].self_attn._qkv_same_embed_dim = True
+@pytest.mark.parametrize("name", ["exact", "linear"])
+def test_the_hook_is_what_keeps_torch_from_bypassing(name, calls):
+    encoder, x = encoder_with(MECHANISMS[name], replaced=False, layers=1).eval(), torch.randn(3, 6, E)
+    encoder.layers[0].self_attn._forward_pre_hooks.clear()
+    with torch.no_grad():
+        if name == "exact":
+            encoder(x)
+        else:
+            # another attention than the one asked for is never computed
+            with pytest.raises(RuntimeError, match=r"in place of Linear\(\), because the forward pre-hook"):
+                encoder(x)
+    assert not calls
+
+
+def test_hooks_of_others_come_and_go_beside_it(calls):
+    encoder, x = encoder_with("linear", replaced=False, layers=1).eval(), torch.randn(3, 6, E)
+    encoder = pickle.loads(pickle.dumps(encoder))
+    handles = [encoder.layers[0].self_attn.register_forward_pre_hook(lambda *_: None) for _ in range(3)]
+    for handle in handles:
+        handle.remove()
     with torch.no_grad():
         encoder(x)
-    assert not calls
+    assert len(calls) == 1
 
 
 def test_decoder_calls_both_attentions(mechanism, calls):
@@ -98,13 +117,18 @@ def test_decoder_calls_both_attentions(mechanism, calls):
     assert len(calls) == 4
 
 
+LAYOUTS = pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@LAYOUTS
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_nested_tensor_is_the_padded_one(is_causal, mechanism):
+def test_nested_tensor_is_the_padded_one(is_causal, layout, mechanism):
     module = build(mechanism)
     rows = [draw(n, E, seed=n).requires_grad_() for n in (5, 2, 3)]
-    nested = torch.nested.as_nested_tensor(rows)
+    nested = torch.nested.as_nested_tensor(rows, layout=layout)
     output, weights = module(nested, nested, nested, is_causal=is_causal)
+    assert output.layout == layout
     assert weights.shape == (3, 5, 5)
     for x, y in zip(rows, output.unbind(), strict=True):
         torch.testing.assert_close(y, module(x, x, x, is_causal=is_causal)[0])
@@ -114,14 +138,27 @@ def test_nested_tensor_is_the_padded_one(is_causal, mechanism):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensor_is_refused_where_it_would_lose_something():
-    nested = torch.nested.nested_tensor([draw(3, E), draw(2, E)])
-    other, padding = nested + 1, torch.zeros(2, 3, dtype=torch.bool)
-    module, last = build(), build(batch_first=False)
-    refused = "MultiheadAttention does not support NestedTensor outside of self-attention without masks: "
+@LAYOUTS
+def test_nested_memory_is_the_padded_one(layout, mechanism):
+    if isinstance(mechanism, longattn.Auto):
+        pytest.skip("it goes by the padded length")
+    module = build(mechanism)
+    rows, memory = ([draw(n, E, seed=n) for n in sizes] for sizes in ((5, 2, 3), (1, 7, 4)))
+    query, key = (torch.nested.nested_tensor(x, layout=layout) for x in (rows, memory))
+    output, _ = module(query, key, key)
+    for x, y, z in zip(rows, memory, output.unbind(), strict=True):
+        torch.testing.assert_close(z, module(x, y, y)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@LAYOUTS
+def test_nested_tensor_is_refused_where_it_would_lose_something(layout):
+    nested, longer = (torch.nested.nested_tensor([draw(3, E), draw(n, E)], layout=layout) for n in (2, 3))
+    padding = torch.zeros(2, 3, dtype=torch.bool)
+    module, last, refused = build(), build(batch_first=False), "MultiheadAttention does not support this NestedTensor: "
     for call, why in (
-        (lambda: module(nested, nested, other), "query, key, and value are not the same"),
-        (lambda: module(nested.to_padded_tensor(0.0), nested, nested), "query, key, and value are not the same"),
+        (lambda: module(nested, nested, longer), "key and value have other lengths"),
+        (lambda: module(nested.to_padded_tensor(0.0), nested, nested), "query, key and value are not all nested"),
         (lambda: last(nested, nested, nested), "batch_first was not True"),
         (lambda: module(nested, nested, nested, padding), "masks were supplied"),
     ):

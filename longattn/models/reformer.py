@@ -49,7 +49,9 @@ class SelfAttention(nn.Module):
         self.query, self.key = Projection(config, rotary), Projection(config, rotary)
         self.value = Projection(config, None)
         self.out_proj = nn.Linear(self.value.out_features, config.dim, bias=False)
-        for name, module in mechanism.submodules().items():
+        own = mechanism.submodules(config.heads)
+        self._own = tuple(own)
+        for name, module in own.items():
             self.add_module(name, module)
             if isinstance(module, Draws):
                 self.register_forward_pre_hook(module.observe)
@@ -57,7 +59,7 @@ class SelfAttention(nn.Module):
     @property
     def mechanism(self) -> Mechanism:
         """The description, with the submodules this attention has now."""
-        own = {name: getattr(self, name) for name in self._mechanism.submodules()}
+        own = {name: getattr(self, name) for name in self._own}
         return dataclasses.replace(self._mechanism, **own) if own else self._mechanism
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:

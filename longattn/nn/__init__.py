@@ -1,6 +1,7 @@
 """Modules: the drop-in for torch.nn.MultiheadAttention and the descriptions of what runs inside it."""
 
 from .attention import MultiheadAttention
+from .auto import Auto
 from .chunked import ChunkedFeedForward, chunked_cross_entropy
 from .local import Local
 from .lsh import LSH, LSHSelfAttention
@@ -11,6 +12,7 @@ from .reversible import ReversibleBlock, ReversibleSequence
 
 __all__ = [
     "LSH",
+    "Auto",
     "AxialPositionalEmbedding",
     "ChunkedFeedForward",
     "Exact",

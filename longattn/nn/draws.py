@@ -7,6 +7,33 @@ from torch import Tensor, nn
 
 from ..ops import _lsh  # noqa: F401, registers the op
 
+# no sum of versions
+NEVER = -1
+# the step of a compiled graph: as many ranks of state as `Draws` has, and the parameters whose versions tell
+torch.library.define(
+    "longattn::_observe", "(Tensor(a!) step, Tensor(b!) count, Tensor(c!) seen, Tensor[] parameters) -> ()"
+)
+
+
+@torch.library.register_fake("longattn::_observe")
+def _(step, count, seen, parameters):
+    return None
+
+
+def _observe(step: Tensor, count: Tensor, seen: Tensor, parameters: list[Tensor]) -> None:
+    # inside a backward pass, so a replay
+    if torch._C._current_graph_task_id() != -1:
+        return
+    versions = sum(p._version for p in parameters if not p.is_inference())
+    if versions != int(seen):
+        seen.fill_(versions)
+        count.add_(1)
+        step.copy_(count, non_blocking=True)
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("longattn::_observe", _device, _observe)
+
 
 class Draws(nn.Module):
     """Counts the training steps of the module it belongs to; rotations are a function of its seed and this count.
@@ -26,34 +53,26 @@ class Draws(nn.Module):
         super().__init__()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         # what the buffer follows: it stays on the CPU, where reading it waits for nothing
-        self._count, self._seen = torch.zeros((), dtype=torch.int64, device="cpu"), None
+        self._count = torch.zeros((), dtype=torch.int64, device="cpu")
+        # the versions of the parameters at the last step, summed
+        self._seen = torch.full((), NEVER, dtype=torch.int64, device="cpu")
 
     def observe(self, module: nn.Module, *_) -> None:
-        """Before each forward of `module`: a forward pre-hook."""
+        """Before each forward of `module`: called by it, or a forward pre-hook."""
         if self.training:
-            self._observe(module)
+            # as an op this is a part of the graph of torch.compile
+            observe = torch.ops.longattn._observe if torch.compiler.is_compiling() else _observe
+            with torch.no_grad():
+                observe(self.step, self._count, self._seen, list(module.parameters()))
 
-    def _observe(self, module: nn.Module) -> None:
-        # inside a backward pass, so a replay
-        if torch._C._current_graph_task_id() != -1:
-            return
-        versions = sum(p._version for p in module.parameters() if not p.is_inference())
-        if versions != self._seen:
-            self._count, self._seen = self._count + 1, versions
-            self.step.copy_(self._count, non_blocking=True)
-
-    # no part of a graph of torch.compile
-    _observe._torchdynamo_disable = True
-
-    def rotations(self, like: Tensor, heads: int, n_hashes: int, dim: int, columns: int, seed: int) -> Tensor:
-        """Those of the present step, on the device of `like`."""
-        step = self._count if self.training else None
-        return torch.ops.longattn._lsh_rotations(like, heads, n_hashes, dim, columns, seed, step)
+    @property
+    def count(self) -> Tensor:
+        """`step` on the CPU."""
+        return self._count
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # a checkpoint of another attention has no steps
         none = torch.zeros((), dtype=torch.int64, device="cpu")
         saved = state_dict.setdefault(prefix + "step", none if self.step.is_meta else self.step)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._count, self._seen = saved.detach().to("cpu", copy=True), None
-
+        self._count, self._seen = saved.detach().to("cpu", copy=True), torch.full_like(self._count, NEVER)

@@ -17,7 +17,7 @@ def _refuse(attn_mask: Tensor | None) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class Local(Mechanism):
+class Local(Mechanism, name="local"):
     """Softmax attention to the tokens near the query, exact, linear in the length: time O((L + S) window).
 
     window: query i sees keys j with |i - j| < window, so itself and the window - 1 before it, if causal.
@@ -50,6 +50,12 @@ class Local(Mechanism):
         _refuse(attn_mask)
         masks = {"is_causal": is_causal, "key_padding_mask": key_padding_mask}
         return attend("Local", q, k, v, dropout_p=dropout_p, impl=self.impl, **masks, **self._rule)
+
+    def work(self, is_causal):
+        if self.chunks is None:
+            return "local", float(self.window * (1 if is_causal else 2))
+        before, after = self.chunks
+        return "local", float(self.window * (before + (0.5 if is_causal else 1 + after)))
 
     def weights(self, q, k, **masks) -> Tensor:
         return self.attend_with_weights(q, k, k, dropout_p=0.0, **masks)[1]

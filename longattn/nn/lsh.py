@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..ops import _check, _lsh
+from ..ops import _check, _lsh_check
 from ..ops._dispatch import IMPLS, without_autocast
 from ..ops._prefix import accumulator
-from ..ops.lsh import check_options, hash_of, prepare, run
+from ..ops.lsh import hash_of, prepare, run
 from ..reference import lsh as reference
 from .draws import Draws
 from .mechanisms import Mechanism
@@ -31,40 +31,34 @@ def _check_fields(op: str, x) -> None:
         n_buckets = math.prod(n_buckets)
     elif n_buckets == PER_CHUNK:
         n_buckets = None
-    check_options(op, x.n_hashes, x.chunk_size, n_buckets, x.look_back, x.look_ahead, x.within, x.scale, 0.0, x.seed)
+    counts = (x.n_hashes, x.chunk_size, n_buckets, x.look_back, x.look_ahead)
+    _lsh_check.options(op, *counts, x.within, x.scale, 0.0, x.seed)
     if x.resample not in RESAMPLE:
         _check.fail(op, f"resample must be one of {', '.join(map(repr, RESAMPLE))}, got {x.resample!r}")
     if x.impl not in ("auto", *IMPLS):
         _check.fail(op, f"impl must be 'auto' or one of {', '.join(map(repr, IMPLS))}, got {x.impl!r}")
 
 
-def _factors(n_buckets, keys: int, chunk: int) -> list[int]:
-    if isinstance(n_buckets, tuple):
-        return list(n_buckets)
-    if n_buckets == PER_CHUNK:
-        n_buckets = max(2 * math.ceil(keys / (2 * chunk)), 2)
-    return _lsh.factorise(n_buckets or _lsh.default_buckets(keys, chunk))
-
-
-def _options(x, draws: Draws | None, q: Tensor, shared: bool, v: Tensor, dropout_p: float) -> dict:
+def _options(x, draws: Draws | None, v: Tensor, dropout_p: float) -> dict:
     """Keyword arguments of ops.lsh.prepare for one call of a description or a module."""
-    names = ("n_hashes", "chunk_size", "look_back", "look_ahead", "within", "dedupe", "scale", "seed", "impl")
-    options = {name: getattr(x, name) for name in names} | {"dropout_p": dropout_p}
-    factors = options["factors"] = _factors(x.n_buckets, v.shape[2], x.chunk_size)
+    names = ("n_hashes", "chunk_size", "look_back", "look_ahead", "within", "dedupe", "scale", "impl")
+    options = {name: getattr(x, name) for name in names} | {"dropout_p": dropout_p, "hash_seed": x.seed}
+    if isinstance(x.n_buckets, tuple):
+        options["factors"] = list(x.n_buckets)
+    elif x.n_buckets == PER_CHUNK:
+        options["n_buckets"] = max(2 * math.ceil(v.shape[2] / (2 * x.chunk_size)), 2)
+    else:
+        options["n_buckets"] = x.n_buckets
     if x.resample == "step" and draws is not None and draws.training:
-        sizes = (v.shape[1], x.n_hashes, q.shape[3] + (not shared), sum(factors) // 2)
-        options["rotations"] = draws.rotations(q, *sizes, x.seed)
+        options["step"] = draws.count
     if dropout_p > 0:
         # torch's generator, as any dropout: what restores it for a replay restores the weights that were dropped
         options["seed"] = int(torch.randint(2**62, (), device="cpu"))
-        if "rotations" not in options:
-            sizes = (v.shape[1], x.n_hashes, q.shape[3] + (not shared), sum(factors) // 2)
-            options["rotations"] = torch.ops.longattn._lsh_rotations(q, *sizes, x.seed)
     return options
 
 
 @dataclass(frozen=True, repr=False)
-class LSH(Mechanism):
+class LSH(Mechanism, name="lsh"):
     """LSH attention, `longattn.lsh_attention`: softmax over the keys whose hash is near, linear in the length.
 
     n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, dedupe, scale, impl: as in `longattn.lsh_attention`.
@@ -98,12 +92,16 @@ class LSH(Mechanism):
     def __post_init__(self):
         _check_fields("LSH", self)
 
-    def submodules(self) -> dict[str, nn.Module]:
+    def submodules(self, num_heads: int) -> dict[str, nn.Module]:
         return {"draws": Draws()} if self.resample == "step" else {}
 
     @property
     def takes_keys(self) -> bool:
         return not self.share_qk
+
+    def work(self, is_causal):
+        ahead = int(not is_causal) if self.look_ahead is None else self.look_ahead
+        return "lsh", float(self.n_hashes * self.chunk_size * (1 + self.look_back + ahead))
 
     def attend(self, q, k, v, *, is_causal, key_padding_mask, dropout_p, attn_mask=None) -> Tensor:
         return run(self._call(q, k, v, is_causal, key_padding_mask, dropout_p))
@@ -123,7 +121,7 @@ class LSH(Mechanism):
         if self.share_qk and q.shape[2] != v.shape[2]:
             remedy = "share_qk=True is for self-attention, other attentions have keys of their own"
             _check.fail("LSH", f"got {q.shape[2]} queries and {v.shape[2]} keys; {remedy}")
-        options = _options(self, self.draws, q, self.share_qk, v, dropout_p)
+        options = _options(self, self.draws, v, dropout_p)
         masks = {"is_causal": is_causal, "key_padding_mask": key_padding_mask}
         return prepare("LSH", q, None if self.share_qk else k, v, **masks, **options)
 
@@ -211,11 +209,11 @@ class LSHSelfAttention(nn.Module):
             project(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for project in (self.query_key, self.value)
         )  # [B, H, L, head_dim]
-        options = _options(self, self.draws, q, True, v, self.dropout if self.training else 0.0)
+        options = _options(self, self.draws, v, self.dropout if self.training else 0.0)
         # where one chunk is all there is, its neighbours in other rounds would be itself again
         options |= {"wrap": self.wrap and q.shape[2] > self.chunk_size, "norm_eps": self.norm_eps}
         if buckets is not None:
-            options |= {"buckets": buckets, "rotations": None}
+            options["buckets"] = buckets
         masks = {"is_causal": self.causal, "key_padding_mask": key_padding_mask}
         output = run(prepare("LSHSelfAttention", q, None, v, **masks, **options))
         return self.out_proj(output.transpose(1, 2).flatten(2))

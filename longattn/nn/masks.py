@@ -71,11 +71,20 @@ def padding(key_padding_mask: Tensor | None, mechanism: Mechanism) -> tuple[Tens
     return padded, None
 
 
+def are_plain(key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool, L: int, S: int) -> bool:
+    """Whether efficient mechanisms take these, as far as can be seen; attn_mask is not the causal one."""
+    if attn_mask is not None or (is_causal and L != S):
+        return False
+    if key_padding_mask is None or key_padding_mask.dtype == torch.bool or not _readable(key_padding_mask):
+        return True
+    return bool(((key_padding_mask == 0) | (key_padding_mask == -torch.inf)).all())
+
+
 def for_efficient(
     mechanism: Mechanism, attn_mask: Tensor | None, padded: Tensor | None, is_causal: bool, hint: bool, L: int, S: int
 ) -> Masks:
     """Causality and key padding; any other attn_mask is refused."""
-    if attn_mask is not None and not hint and not _is_causal_mask(attn_mask, L, S):
+    if attn_mask is not None and not hint and not is_the_causal_one(attn_mask, L, S):
         _check.fail(
             "MultiheadAttention",
             f"{mechanism!r} cannot honour this attn_mask ({_check.describe(attn_mask)}): it takes the causal mask "
@@ -126,7 +135,8 @@ def _readable(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _is_causal_mask(mask: Tensor, L: int, S: int) -> bool:
+def is_the_causal_one(mask: Tensor, L: int, S: int) -> bool:
+    """Whether an attn_mask says no more than is_causal does, as far as can be seen."""
     if L != S or not _readable(mask):
         return False
     blocked = mask if mask.dtype == torch.bool else mask == -torch.inf

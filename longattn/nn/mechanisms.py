@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from ..favor import Favor
 from ..features import FUSED, FeatureMap
-from ..ops import _check
+from ..ops import _check, _dense
 from ..ops._dispatch import IMPLS, without_autocast
 from ..ops.favor import weights as favor_weights
 from ..ops.linear import linear_attention
-from ..ops.softmax import softmax_attention, softmax_attention_with_weights
+from ..ops.softmax import softmax_attention
 
 
 class Mechanism(abc.ABC):
@@ -35,6 +35,14 @@ class Mechanism(abc.ABC):
     takes_attn_mask: ClassVar[bool] = False
     # whether keys may come from another tensor than queries
     takes_keys: ClassVar[bool] = True
+    # what runs a call whose masks `chosen` cannot honour; None: it is refused
+    otherwise: ClassVar[Mechanism | None] = None
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs) -> None:
+        """name: under which `mechanism=` finds the class with its defaults."""
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            NAMED[name] = cls
 
     @abc.abstractmethod
     def attend(
@@ -63,9 +71,27 @@ class Mechanism(abc.ABC):
         """`attend` and `weights` of one call."""
         return self.attend(q, k, v, dropout_p=dropout_p, **masks), self.weights(q, k, **masks)
 
-    def submodules(self) -> dict[str, nn.Module]:
+    def chosen(self, L: int, S: int, head_dim: int, like: Tensor, is_causal: bool) -> Mechanism:
+        """What runs a call of L queries and S keys, with the dtype and device of `like`: itself, but for `Auto`."""
+        return self
+
+    def note(self, head_dim: int, like: Tensor, is_causal: bool) -> str:
+        """How it chooses, for people; empty where there is no choice."""
+        return ""
+
+    def work(self, is_causal: bool) -> tuple[str, float] | None:
+        """What a break-even with exact attention goes by: a name for this kind of mechanism, and a number that its time
+        for a token grows with. None: nothing is known."""
+        return None
+
+    def submodules(self, num_heads: int) -> dict[str, nn.Module]:
+        """What an attention of so many heads has of its own, by name of the field."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, nn.Module)}
+
+    def with_submodules(self, own: dict[str, nn.Module]) -> Mechanism:
+        """The same with these in place of `submodules`."""
+        return dataclasses.replace(self, **own)
 
     def __repr__(self) -> str:
         shown = []
@@ -78,9 +104,19 @@ class Mechanism(abc.ABC):
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
+# what `mechanism=` takes by name, beside "favor"
+NAMED: dict[str, type[Mechanism]] = {}
+
+
 @dataclass(frozen=True, repr=False)
-class Exact(Mechanism):
-    """Softmax attention, `longattn.softmax_attention`. Its weights are those after dropout, as torch returns them."""
+class Exact(Mechanism, name="exact"):
+    """Softmax attention, `longattn.softmax_attention`. Its weights are those after dropout, as torch returns them.
+
+    nan_compat: where weights are asked for, a query that sees no key gets NaN, in its output, weights and gradients, as
+        in torch.nn.MultiheadAttention; without weights both give 0.
+    """
+
+    nan_compat: bool = False
 
     takes_attn_mask: ClassVar[bool] = True
 
@@ -88,14 +124,15 @@ class Exact(Mechanism):
         return softmax_attention(q, k, v, **arguments)
 
     def weights(self, q, k, **masks) -> Tensor:
-        return softmax_attention_with_weights(q, k, k, dropout_p=0.0, **masks).weights
+        return self.attend_with_weights(q, k, k, dropout_p=0.0, **masks)[1]
 
-    def attend_with_weights(self, q, k, v, **arguments):
-        return softmax_attention_with_weights(q, k, v, **arguments)
+    def attend_with_weights(self, q, k, v, *, is_causal, key_padding_mask, dropout_p, attn_mask=None):
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        return _dense.attend(q, k, v, dropout_p=dropout_p, nan_compat=self.nan_compat, **masks)
 
 
 @dataclass(frozen=True, repr=False)
-class Linear(Mechanism):
+class Linear(Mechanism, name="linear"):
     """Linear attention, `longattn.linear_attention`: a kernel in place of the softmax, linear in the length.
 
     feature_map: "elu", "relu", "identity", a callable `[..., D] -> [..., M]`, or an nn.Module that is one, such as
@@ -136,6 +173,11 @@ class Linear(Mechanism):
         )
         return F.dropout(output, dropout_p) if dropout_p > 0 else output
 
+    def work(self, is_causal):
+        if isinstance(self.feature_map, Favor):
+            return "favor", float(self.feature_map.n_features)
+        return "linear", 1.0
+
     def weights(self, q, k, *, is_causal, key_padding_mask) -> Tensor:
         if isinstance(self.feature_map, Favor):
             return favor_weights(q, k, self.feature_map, is_causal=is_causal, key_padding_mask=key_padding_mask)
@@ -156,20 +198,22 @@ class Linear(Mechanism):
         return torch.where(z == 0, 0, w / torch.where(z == 0, 1, z)).to(q.dtype)
 
 
-NAMED = {"exact": Exact, "linear": Linear}
+def resolve(mechanism: str | Mechanism | Favor, head_dim: int | None = None) -> Mechanism:
+    """A mechanism from its name, from itself or from a Favor map; ValueError or TypeError in a sentence.
 
-
-def resolve(mechanism: str | Mechanism | Favor) -> Mechanism:
-    """A mechanism from its name, from itself or from a Favor map; ValueError or TypeError in a sentence."""
-    examples = "or a description such as longattn.Linear() or longattn.Favor(head_dim)"
+    head_dim: of the attention it is for, which "favor" needs.
+    """
+    if isinstance(mechanism, Mechanism):
+        return mechanism
     if isinstance(mechanism, Favor):
         return Linear(feature_map=mechanism)
-    if isinstance(mechanism, str):
-        if mechanism not in NAMED:
-            known = ", ".join(map(repr, NAMED))
-            _check.fail("MultiheadAttention", f"mechanism must be one of {known} {examples}, got {mechanism!r}")
-        return NAMED[mechanism]()
-    if not isinstance(mechanism, Mechanism):
+    examples = "or a description such as longattn.Linear() or longattn.Favor(head_dim)"
+    if not isinstance(mechanism, str):
         came = _check.describe(mechanism)
         _check.fail("MultiheadAttention", f"mechanism must be a name {examples}, got {came}", TypeError)
-    return mechanism
+    if mechanism == "favor" and head_dim is not None:
+        return Linear(feature_map=Favor(head_dim))
+    if mechanism not in NAMED:
+        known = ", ".join(map(repr, [*NAMED, "favor"][: None if head_dim is not None else -1]))
+        _check.fail("MultiheadAttention", f"mechanism must be one of {known} {examples}, got {mechanism!r}")
+    return NAMED[mechanism]()

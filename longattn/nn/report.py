@@ -20,8 +20,8 @@ from .. import fidelity
 from ..favor import Favor
 from ..ops import _check
 from . import masks
-from .attention import MultiheadAttention
-from .convert import check_head_dim, favor_of, sharing
+from .attention import MultiheadAttention, favor_of
+from .convert import check_fits, sharing
 from .mechanisms import Exact, Mechanism, resolve
 
 OP = "fidelity_report"
@@ -221,7 +221,7 @@ def fidelity_report(
     if not layers:
         _check.fail(OP, "the model has no torch.nn.MultiheadAttention or longattn.nn.MultiheadAttention in it")
     if all(not _fits(module, mechanism) for module in layers.values()):
-        check_head_dim(OP, next(iter(layers.values())), mechanism)
+        check_fits(OP, next(iter(layers.values())), mechanism)
     observers = [_Observer(name, module, mechanism) for name, module in layers.items()]
     rows: list[Row] = []
     with _exact_eval(model, layers.values()), torch.no_grad(), contextlib.ExitStack() as hooks:
@@ -260,15 +260,15 @@ def _call(model: nn.Module, batch) -> None:
 def _exact_eval(model: nn.Module, layers) -> Iterator[None]:
     """eval mode, and exact attention in our modules."""
     training = [(module, module.training) for module in model.modules()]
-    ours = [(module, module._mechanism) for module in layers if isinstance(module, MultiheadAttention)]
+    ours = [(module, module._mechanism, module._own) for module in layers if isinstance(module, MultiheadAttention)]
     try:
         model.eval()
-        for module, _ in ours:
-            module._mechanism = Exact()
+        for module, *_ in ours:
+            module._mechanism, module._own = Exact(), ()
         yield
     finally:
-        for module, mechanism in ours:
-            module._mechanism = mechanism
+        for module, mechanism, own in ours:
+            module._mechanism, module._own = mechanism, own
         for module, mode in training:
             module.training = mode
 
@@ -310,7 +310,7 @@ class _Observer:
         """Numbers of each head; ValueError in a sentence where the mechanism cannot take the call."""
         if type(self.module) not in (nn.MultiheadAttention, MultiheadAttention):
             raise TypeError(f"{type(self.module).__name__} is a subclass, whose own forward may compute something else")
-        check_head_dim(OP, self.module, self.mechanism)
+        check_fits(OP, self.module, self.mechanism)
         call = inspect.signature(nn.MultiheadAttention.forward).bind(self.module, *args, **kwargs)
         call.apply_defaults()
         _, *inputs = call.args
@@ -319,8 +319,6 @@ class _Observer:
         q, k, v = tensors
         padded = arguments["key_padding_mask"]
         if not self.mechanism.takes_attn_mask:
-            if self.module.bias_k is not None or self.module.add_zero_attn:
-                raise ValueError("add_bias_kv and add_zero_attn need mechanism='exact'")
             # refuses a float mask that adds to scores
             masks.padding(options["key_padding_mask"], self.mechanism)
             causal = getattr(self.module, "causal", False)

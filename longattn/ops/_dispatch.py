@@ -120,9 +120,12 @@ def plan(op: Callable, explain_call: Callable[..., Explanation]) -> None:
 def explain(op: Callable, *args, **kwargs) -> Explanation:
     """Says for every engine whether it could run `op(*args, **kwargs)` and why not, and which one would.
 
-    op: a public function of this package, e.g. `longattn.linear_attention`. Runs nothing.
+    op: a public function of this package, e.g. `longattn.linear_attention`, or a `longattn.nn.MultiheadAttention`, for
+        which it says which mechanism would run. Runs nothing.
     Raises what the call itself would raise for bad arguments, TypeError for a function that has no engines.
     """
+    if hasattr(op, "_explain"):
+        return op._explain(*args, **kwargs)
     if op not in _plans:
         known = ", ".join(sorted(f.__name__ for f in _plans))
         raise TypeError(f"explain: expected one of {known}, got {op!r}")

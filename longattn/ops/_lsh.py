@@ -51,6 +51,11 @@ def factorise(n_buckets: int) -> list[int]:
     return next(factors for c in range(count, 0, -1) if (factors := _split(n_buckets, c)))
 
 
+def factors_for(n_buckets: int | None, keys: int, chunk: int) -> list[int]:
+    """Of the number of buckets given, or of the default for so many keys."""
+    return factorise(n_buckets or default_buckets(keys, chunk))
+
+
 @functools.lru_cache(maxsize=32)
 def _draw(seed: int, step: int, shape: tuple[int, ...], device: str) -> Tensor:
     # torch's generator reads the lower half of its seed only; float64, because float32 draws depend on the vector width

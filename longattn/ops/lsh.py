@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 
 from ..reference import lsh as reference
-from . import _check, _dispatch, _lsh, _tiles
+from . import _check, _dispatch, _lsh, _lsh_check, _tiles
 from ._prefix import accumulator
-
-WITHIN = ("window", "bucket")
-MOST_BUCKETS = 1 << 24
 
 
 class Rounds(NamedTuple):
-    """How a call hashes and which chunks it sees."""
+    """How a call hashes and which chunks it sees. factors: None in a compiled graph that leaves the length open."""
 
     n_hashes: int
-    factors: list[int]
+    factors: list[int] | None
     chunk: int
     look_back: int
     look_ahead: int
@@ -53,95 +50,14 @@ class Call(NamedTuple):
     scale: float
     dropout_p: float
     seed: int
+    # of the rotations, where they are drawn
+    hash_seed: int
+    step: Tensor | None
     norm_eps: float
     explanation: _dispatch.Explanation
 
 
 # the public door
-
-
-def _whole(op: str, name: str, x, least: int, unit: str = "") -> None:
-    if not isinstance(x, int) or isinstance(x, bool) or not least <= x < 2**31:
-        bounds = f"at least {least}{unit} and below 2^31"
-        _check.fail(op, f"{name} must be a whole number of {bounds}, got {_check.describe(x)}")
-
-
-def check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed) -> None:
-    _whole(op, "n_hashes", n_hashes, 1)
-    _whole(op, "chunk_size", chunk_size, 1, " token")
-    _whole(op, "look_back", look_back, 0, " chunks")
-    if look_ahead is not None:
-        _whole(op, "look_ahead", look_ahead, 0, " chunks")
-    if n_buckets is not None and (not isinstance(n_buckets, int) or n_buckets < 2 or n_buckets % 2):
-        why = "the hash compares projections and their negatives"
-        _check.fail(op, f"n_buckets must be even and positive ({why}), got {_check.describe(n_buckets)}")
-    if n_buckets is not None and n_buckets > MOST_BUCKETS:
-        why = "a bucket for every token is more than sorting needs"
-        _check.fail(op, f"n_buckets must be at most 2^24 ({why}), got {n_buckets}")
-    if within not in WITHIN:
-        _check.fail(op, f"within must be one of {', '.join(map(repr, WITHIN))}, got {within!r}")
-    if not _check.is_finite_or_none(scale):
-        _check.fail(op, f"scale must be a finite number or None, got {_check.describe(scale)}")
-    if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p <= 1):
-        _check.fail(op, f"dropout_p must be a probability from 0 to 1, got {_check.describe(dropout_p)}")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        _check.fail(op, f"seed must be an integer, got {_check.describe(seed)}", TypeError)
-
-
-def _check_inputs(op: str, q, k, v, mask, cu_seqlens, enable_gqa: bool, is_causal: bool) -> None:
-    if k is not None:
-        _check.attention_inputs(op, q, k, v, enable_gqa)
-    else:
-        both = isinstance(q, Tensor) and isinstance(v, Tensor) and q.dim() == v.dim() == 4
-        if both and (q.shape[1:3] != v.shape[1:3]):
-            came = f"got {list(q.shape)} and {list(v.shape)}"
-            remedy = "queries that look elsewhere need keys of their own"
-            _check.fail(op, f"k=None (shared QK) needs query and value to share heads and length, {came}; {remedy}")
-        _check.attention_inputs(op, q, q, v, False)
-    _check.padding_mask(op, mask, v)
-    _check.packed_sequences(op, cu_seqlens, q, v)
-    if is_causal and q.shape[2] != v.shape[2]:
-        _check.fail(op, f"is_causal needs as many queries as keys, got {q.shape[2]} and {v.shape[2]}")
-
-
-def _check_rotations(op: str, rotations, heads: int, n_hashes: int, dim: int, columns: int, x: Tensor) -> None:
-    shape, typed = (heads, n_hashes, dim, columns), isinstance(rotations, Tensor) and rotations.dtype == torch.float32
-    if not typed or rotations.shape != shape or rotations.device != x.device:
-        meaning = "[key heads, n_hashes, head_dim (with separate keys one more), half the sum of the bucket factors]"
-        expected = f"float32 {list(shape)} on {x.device} ({meaning})"
-        error = ValueError if typed else TypeError
-        _check.fail(op, f"rotations must be {expected}, got {_check.describe(rotations)}", error)
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether looking at a value waits for nothing."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
-
-
-def _check_buckets(op: str, name: str, x, shape: tuple[int, ...], n_buckets: int, like: Tensor) -> Tensor:
-    typed = isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
-    if not typed or x.shape != shape or x.device != like.device:
-        expected = f"int32 [batch, heads, n_hashes, length] = {list(shape)} on {like.device}"
-        _check.fail(op, f"{name} must be {expected}, got {_check.describe(x)}", ValueError if typed else TypeError)
-    inside = ((x >= 0) & (x < n_buckets)).all()
-    sentence = f"{name} must be from 0 to n_buckets - 1 = {n_buckets - 1}"
-    if not _readable(x):
-        torch._assert_async(inside, f"{op}: {sentence}")
-    elif not inside:
-        _check.fail(op, f"{sentence}, got {x.min()} to {x.max()}; pass the n_buckets they were made with")
-    return x.int()
-
-
-def _given_buckets(op: str, buckets, q, k, rounds: Rounds) -> tuple[Tensor, Tensor | None]:
-    shape_q = (*q.shape[:2], rounds.n_hashes, q.shape[2])
-    if k is None:
-        return _check_buckets(op, "buckets", buckets, shape_q, rounds.n_buckets, q), None
-    if not isinstance(buckets, (tuple, list)) or len(buckets) != 2:
-        came = _check.describe(buckets)
-        _check.fail(op, f"buckets must be a pair, of queries and of keys, where keys are given, got {came}", TypeError)
-    shape_k = (*k.shape[:2], rounds.n_hashes, k.shape[2])
-    pair = zip(("buckets[0]", "buckets[1]"), buckets, (shape_q, shape_k), strict=True)
-    return tuple(_check_buckets(op, name, x, shape, rounds.n_buckets, q) for name, x, shape in pair)
 
 
 def prepare(
@@ -171,23 +87,29 @@ def prepare(
     factors: list[int] | None = None,
     wrap: bool = False,
     norm_eps: float = 0.0,
+    hash_seed: int | None = None,
+    step: Tensor | None = None,
 ) -> Call:
-    """The arguments of `lsh_attention`, and what modules need for foreign checkpoints.
+    """The arguments of `lsh_attention`, and what modules need for training and for foreign checkpoints.
 
-    factors: of n_buckets. wrap: chunks look over the edge of a round into the rounds before and after. norm_eps: of the
-    length of shared keys, sqrt(|x|^2 + norm_eps).
+    hash_seed, step: of the rotations, where they are not those of seed. factors: of n_buckets. wrap: chunks look over
+    the edge of a round into the rounds before and after. norm_eps: of the length of shared keys,
+    sqrt(|x|^2 + norm_eps).
     """
     if attn_mask is not None:
         remedy = "pass is_causal, key_padding_mask or cu_seqlens; other masks take longattn.softmax_attention"
         _check.fail(op, f"a dense attn_mask would cost what hashing saves; {remedy}")
-    check_options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed)
-    _check_inputs(op, q, k, v, key_padding_mask, cu_seqlens, enable_gqa, is_causal)
+    _lsh_check.options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed)
+    _lsh_check.inputs(op, q, k, v, key_padding_mask, cu_seqlens, enable_gqa, is_causal)
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), None if k is None else k.to(dtype), v.to(dtype)
-    if factors is None:
-        factors = _lsh.factorise(n_buckets or _lsh.default_buckets(v.shape[2], chunk_size))
+    reasons = {name: _refuses(name, q, k, v) for name in _dispatch.IMPLS}
+    explanation = _dispatch.Explanation(op, _dispatch.choose(op, impl, reasons), reasons)
+    drawn = rotations is None and buckets is None
+    if factors is None and not (n_buckets is None and drawn and _in_one_op(explanation.chosen)):
+        factors = _lsh.factors_for(n_buckets, v.shape[2], chunk_size)
     look_ahead = int(not is_causal) if look_ahead is None else look_ahead
     rounds = Rounds(
         n_hashes, factors, chunk_size, look_back, look_ahead, within == "bucket", dedupe, bool(is_causal), wrap
@@ -196,16 +118,15 @@ def prepare(
         _check.fail(op, "rotations and buckets exclude each other: buckets are what rotations give")
     if rotations is not None:
         dim = q.shape[3] + (k is not None)
-        _check_rotations(op, rotations, v.shape[1], n_hashes, dim, sum(factors) // 2, q)
+        _lsh_check.rotations_given(op, rotations, v.shape[1], n_hashes, dim, sum(factors) // 2, q)
     if buckets is not None:
-        buckets = _given_buckets(op, buckets, q, k, rounds)
+        buckets = _lsh_check.buckets_given(op, buckets, q, k, rounds)
     if scale is None:
         scale = 1.0 if k is None else q.shape[3] ** -0.5
-    reasons = {name: _refuses(name, q, k, v) for name in _dispatch.IMPLS}
-    explanation = _dispatch.Explanation(op, _dispatch.choose(op, impl, reasons), reasons)
+    hash_seed = seed if hash_seed is None else hash_seed
     return Call(
         q, k, v, key_padding_mask, cu_seqlens, rounds, rotations, buckets, float(scale), float(dropout_p), seed,
-        norm_eps, explanation,
+        hash_seed, step, norm_eps, explanation,
     )  # fmt: skip
 
 
@@ -224,9 +145,9 @@ def _refuses(impl: str, q: Tensor, k: Tensor | None, v: Tensor) -> str | None:
 def _rotations(call: Call, extra: int) -> Tensor:
     if call.rotations is not None:
         return call.rotations
-    rounds, seed = call.rounds, (call.seed + 2**63) % 2**64 - 2**63
+    rounds, seed = call.rounds, (call.hash_seed + 2**63) % 2**64 - 2**63
     sizes = (call.v.shape[1], rounds.n_hashes, call.q.shape[3] + extra, sum(rounds.factors) // 2)
-    return torch.ops.longattn._lsh_rotations(call.q, *sizes, seed)
+    return torch.ops.longattn._lsh_rotations(call.q, *sizes, seed, call.step)
 
 
 def _hash(call: Call, x: Tensor, extra: Tensor | None, rotations: Tensor) -> Tensor:
@@ -261,8 +182,20 @@ class Orders(NamedTuple):
     bucket_k: Tensor | None
 
 
+def _in_one_op(impl: str) -> bool:
+    """In a compiled graph one op hashes and sorts: only there, at run time, is the number of buckets known, which goes
+    by the length."""
+    return torch.compiler.is_compiling() and impl != "reference"
+
+
 @torch.no_grad()
 def orders(call: Call) -> Orders:
+    if call.buckets is None and _in_one_op(call.explanation.chosen):
+        q, k, v = (None if x is None else x.detach() for x in call[:3])
+        rounds, seed = call.rounds, (call.hash_seed + 2**63) % 2**64 - 2**63
+        options = (rounds.n_hashes, rounds.factors, rounds.chunk, rounds.same_bucket, call.explanation.chosen)
+        tensors = (q, k, v, call.mask, call.cu_seqlens, call.rotations, call.step)
+        return _together(torch.ops.longattn._lsh_orders(*tensors, seed, *options), k is None, rounds.same_bucket)
     buckets_q, buckets_k = hash_of(call)
     rounds, cu_seqlens = call.rounds, call.cu_seqlens
     n, chunk = rounds.n_buckets, rounds.chunk
@@ -282,11 +215,56 @@ def orders(call: Call) -> Orders:
     return Orders(order_q, order_k, centred, rank_k, *kept)
 
 
+def _apart(found: Orders) -> list[Tensor]:
+    """Each tensor once: an op returns none twice, and never None."""
+    kept = [x for x in found[::2] if x is not None]
+    return kept if found.order_k is None else kept + [x for x in found[1::2] if x is not None]
+
+
+def _together(tensors: list[Tensor], shared: bool, same_bucket: bool) -> Orders:
+    """The inverse of `_apart`."""
+    of_q, of_k = tensors[: 2 + same_bucket], tensors[2 + same_bucket :]
+    order_q, rank_q, bucket_q = of_q if same_bucket else (*of_q, None)
+    if shared:
+        return Orders(order_q, None, rank_q, rank_q, bucket_q, bucket_q)
+    order_k, rank_k, bucket_k = of_k if same_bucket else (*of_k, None)
+    return Orders(order_q, order_k, rank_q, rank_k, bucket_q, bucket_k)
+
+
+torch.library.define(
+    "longattn::_lsh_orders",
+    "(Tensor q, Tensor? k, Tensor v, Tensor? mask, Tensor? cu_seqlens, Tensor? rotations, Tensor? step, int seed, "
+    "int n_hashes, int[]? factors, int chunk, bool same_bucket, str impl) -> Tensor[]",
+)
+
+
+@torch.library.register_fake("longattn::_lsh_orders")
+def _(q, k, v, mask, cu_seqlens, rotations, step, seed, n_hashes, factors, chunk, same_bucket, impl):
+    return [
+        x.new_empty((*x.shape[:2], n_hashes, x.shape[2]), dtype=torch.int32)
+        for x in (q, k)
+        if x is not None
+        for _ in range(2 + same_bucket)
+    ]
+
+
+def _orders(q, k, v, mask, cu_seqlens, rotations, step, seed, n_hashes, factors, chunk, same_bucket, impl):
+    factors = factors or _lsh.factors_for(None, v.shape[2], chunk)
+    rounds = Rounds(n_hashes, list(factors), chunk, 0, 0, same_bucket, False, False, False)
+    explanation = _dispatch.Explanation("_lsh_orders", impl, {})
+    masks, options = (mask, cu_seqlens), (None, 1.0, 0.0, seed, seed, step, 0.0, explanation)
+    return _apart(orders(Call(q, k, v, *masks, rounds, rotations, *options)))
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("longattn::_lsh_orders", _device, _orders)
+
+
 # running it
 
 
 def run(call: Call) -> Tensor:
-    q, k, v, mask, cu_seqlens, rounds, _, _, scale, dropout_p, seed, norm_eps, explanation = call
+    q, k, v, mask, cu_seqlens, rounds, _, _, scale, dropout_p, seed, _, _, norm_eps, explanation = call
     if dropout_p == 1:
         # every weight is dropped: 0, with gradient 0
         output = run(call._replace(dropout_p=0.0))
