@@ -9,9 +9,11 @@ from .mechanisms import Exact, Linear, Mechanism
 from .positions import AxialPositionalEmbedding, Rotary
 from .replay import recomputing
 from .reversible import ReversibleBlock, ReversibleSequence
+from .rpe import NPRF, RelativeBias
 
 __all__ = [
     "LSH",
+    "NPRF",
     "Auto",
     "AxialPositionalEmbedding",
     "ChunkedFeedForward",
@@ -21,6 +23,7 @@ __all__ = [
     "Local",
     "Mechanism",
     "MultiheadAttention",
+    "RelativeBias",
     "ReversibleBlock",
     "ReversibleSequence",
     "Rotary",
