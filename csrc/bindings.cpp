@@ -189,6 +189,26 @@ void toeplitz_backward(const py::dict& problem, const py::dict& results) {
   kernels.toeplitz_backward(x, y);
 }
 
+RingState ring_state(const Views& get, const std::string& prefix) {
+  auto of = [&](const char* name) { return get((prefix + name).c_str()); };
+  return {of("kv"), of("k_sum"), of("ring_key"), of("ring_value"), of("ring_mask")};
+}
+
+// `scratch(bytes)` gives the workspace, so that one call does
+void toeplitz_step(const py::dict& fields, const py::function& scratch) {
+  Views get{fields};
+  ToeplitzStep x;
+  x.q = get("q"), x.k = get("k"), x.v = get("v"), x.favor = favor_map(fields), x.bias = get("bias");
+  x.before = ring_state(get, ""), x.after = ring_state(get, "new_"), x.out = get("out");
+  x.feature = fields["feature"].cast<int>(), x.normalize = fields["normalize"].cast<bool>();
+  x.scale = fields["scale"].cast<double>(), x.threads = fields["threads"].cast<int>();
+  const Kernels& kernels = active_kernels();
+  py::object memory = scratch(kernels.toeplitz_step_workspace(x));
+  x.workspace = view(memory);
+  py::gil_scoped_release release;
+  kernels.toeplitz_step(x);
+}
+
 void lsh_hash(const py::dict& fields, const std::vector<int64_t>& factors, int threads) {
   Views get{fields};
   LshHash x{get("x"), get("extra"), get("rotations"), factors, threads, get("buckets"), get("workspace")};
@@ -308,6 +328,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("toeplitz_forward", toeplitz_forward);
   m.def("toeplitz_backward", toeplitz_backward);
+  m.def("toeplitz_step", toeplitz_step);
   m.def("lsh_workspace", [](int64_t head_dim, int64_t n_keys, int threads) {
     return active_kernels().lsh_workspace(head_dim, n_keys, threads);
   });

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longattn import Favor, ToeplitzState, linear_attention, linear_attention_with_state
+from longattn.features import FAVOR_KINDS
+from longattn.native import missing
 from longattn.testing.assertions import assert_near, assert_same_bits
 from longattn.testing.cases import qkv
 
@@ -164,3 +166,35 @@ def test_zeros_is_what_a_call_starts_from(dtype, impl, device):
     assert [x.dtype for x in got.state] == [torch.float32] * 3 + [dtype, torch.bool]
     for x, y in zip(got.state, expected.state, strict=True):
         assert_same_bits("state", x, y)
+
+
+@pytest.mark.parametrize("reach", [0, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [*FAVOR_KINDS, "centred", "elu"])
+def test_one_token_in_one_kernel_equals_the_same_in_torch(kind, dtype, reach):
+    if missing():
+        pytest.skip("there is no kernel")
+    g = torch.Generator().manual_seed(reach)
+    centred = kind == "centred"
+    feature = kind
+    if kind != "elu":
+        feature = Favor(6, 10, "positive" if centred else kind, normalize="l2", center_keys=centred)
+
+    def draw(heads, n, dim=6):
+        return torch.randn(2, heads, n, dim, generator=g, dtype=dtype)
+
+    if centred:
+        feature.calibrate(draw(2, 20).float())
+    bias = torch.randn(4, 2 * reach + 1, generator=g, dtype=dtype)
+    options = {"feature_map": feature, "is_causal": True, "rpe_bias": bias, "enable_gqa": True}
+    padded = torch.rand(2, 7, generator=g) < 0.4
+    before = draw(4, 7), draw(2, 7), draw(2, 7, 5)
+    state = linear_attention_with_state(*before, key_padding_mask=padded, **options).state
+    for _ in range(3):
+        token = draw(4, 1), draw(2, 1), draw(2, 1, 5)
+        fused = linear_attention_with_state(*token, state=state, **options)
+        # what asks for gradients runs in torch's operations
+        plain = linear_attention_with_state(token[0].requires_grad_(), *token[1:], state=state, **options)
+        for a, b in zip((fused.output, *fused.state), (plain.output, *plain.state), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+        state = fused.state

@@ -25,6 +25,8 @@ int64_t lsh_workspace(int64_t head_dim, int64_t n_keys, int threads);
 void toeplitz_forward(const ToeplitzProblem&, const ToeplitzForward&);
 void toeplitz_backward(const ToeplitzProblem&, const ToeplitzBackward&);
 int64_t toeplitz_workspace(const ToeplitzProblem&, bool backward);
+void toeplitz_step(const ToeplitzStep&);
+int64_t toeplitz_step_workspace(const ToeplitzStep&);
 bool reversible_add(const ReversibleAdd&);
 
 // GFLOP/s of one core in float32 tiles on a 64 x 64 x 64 product that stays in the first cache
@@ -45,7 +47,7 @@ extern const Kernels kernels = {
     LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, favor_forward, favor_backward,
     linear_workspace, features_forward, features_backward, features_workspace,
     softmax_forward, softmax_backward, softmax_workspace, lsh_hash, lsh_sort, lsh_workspace, toeplitz_forward,
-    toeplitz_backward, toeplitz_workspace, reversible_add, peak_gflops,
+    toeplitz_backward, toeplitz_workspace, toeplitz_step, toeplitz_step_workspace, reversible_add, peak_gflops,
 };
 
 }  // namespace longattn::LONGATTN_ISA

@@ -29,6 +29,8 @@ struct Kernels {
   void (*toeplitz_forward)(const ToeplitzProblem&, const ToeplitzForward&);
   void (*toeplitz_backward)(const ToeplitzProblem&, const ToeplitzBackward&);
   int64_t (*toeplitz_workspace)(const ToeplitzProblem&, bool backward);
+  void (*toeplitz_step)(const ToeplitzStep&);
+  int64_t (*toeplitz_step_workspace)(const ToeplitzStep&);
   bool (*reversible_add)(const ReversibleAdd&);
   double (*peak_gflops)(int64_t repeats);
 };

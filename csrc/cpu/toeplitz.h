@@ -1,7 +1,7 @@
 // Linear attention with a factor for each relative position, on the CPU: what crosses the boundary. The mathematics is in
 // longattn/reference/toeplitz.py.
 #pragma once
-#include "common/view.h"
+#include "linear.h"
 
 namespace longattn {
 
@@ -28,6 +28,27 @@ struct ToeplitzBackward {
   View rows;               // [B, Hq, L, E + 1] in the working type, scratch: gradients of the numerator and of its weight
   View dq, dk, dv;         // of each query head, dk and dv too: [B, Hq, S, M], [B, Hq, S, E]
   View dc;                 // [Hq, 2 reach + 1] in the working type
+};
+
+// what a causal stream remembers: sums over the keys that have left the ring, and the last ones as they are
+struct RingState {
+  View kv, k_sum;          // [B, H, M, E], [B, H, M] in the working type
+  View keys, values, mask; // features [B, H, t, M], [B, H, t, E], [B, t] bool
+};
+
+// one token of a stream; everything in the working type, contiguous
+struct ToeplitzStep {
+  View q, k, v;            // [B, Hq, 1, D], [B, H, 1, D], [B, H, 1, E]
+  FavorMap favor;          // of rows of unit length; without a projection:
+  int feature = 0;         // of linear.h
+  View bias;               // [1 or Hq, 2 reach + 1], contiguous
+  RingState before;
+  bool normalize = false;
+  double scale = 1;
+  int threads = 1;
+  View workspace;          // bytes: toeplitz_step_workspace(...)
+  RingState after;         // t + 1 keys, or reach
+  View out;                // [B, Hq, 1, E]
 };
 
 }  // namespace longattn

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from . import empty, extension, view, workspace
+from .favor import KINDS
 
 # what a thread may keep of its scratch between calls; running sums of long sequences are larger
 KEPT_BYTES = 32 << 20
@@ -46,3 +48,32 @@ def backward(grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, norma
     if not one_each:
         dk, dv = (x.unflatten(1, (H, Hq // H)).sum(2) for x in (dk, dv))
     return dq, dk, dv.to(v.dtype), dc
+
+
+FEATURES = {"identity": 0, "elu": 1, "relu": 2}
+_SUMS, _RING = ("kv", "k_sum"), ("ring_key", "ring_value", "ring_mask")
+
+
+def step(q, k, v, bias, state, *, feature, normalize: bool, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One token of a stream, without gradients: all of one dtype, float32 or float64, states contiguous.
+
+    bias: `[1 or Hq, 2K+1]`. feature: a name, or (projection, root, mean, kind) of a Favor map. -> out, the next state
+    """
+    reach, held = bias.shape[1] // 2, state[4].shape[1]
+    kept = min(held + 1, reach)
+    out = v.new_empty((*q.shape[:3], v.shape[3]))
+    after = [torch.empty_like(x) for x in state[:2]]
+    after += [x.new_empty((*x.shape[:2], kept, x.shape[3])) for x in state[2:4]]
+    after.append(state[4].new_empty((q.shape[0], kept)))
+    problem = {"q": view(q), "k": view(k), "v": view(v), "bias": view(bias), "out": view(out)}
+    problem |= {"normalize": normalize, "scale": scale, "threads": torch.get_num_threads(), "feature": 0}
+    for name, old, new in zip(_SUMS + _RING, state, after, strict=True):
+        problem[name], problem["new_" + name] = view(old), view(new)
+    if isinstance(feature, str):
+        problem["feature"] = FEATURES[feature]
+    else:
+        projection, root, mean, kind = feature
+        problem |= {"projection": view(projection), "root": root.item(), "kind": KINDS[kind], "l2": True}
+        problem |= {} if mean is None else {"mean": view(mean)}
+    extension().toeplitz_step(problem, lambda size: view(workspace(size)))
+    return out, tuple(after)
