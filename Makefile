@@ -5,6 +5,7 @@
 #   make compare          linear attention beside other packages, one JSON in bench/results/
 #   make compare-favor    the same for FAVOR+
 #   make compare-lsh      the same for LSH attention, and dense attention of the same engine beside torch's
+#   make compare-toeplitz  linear attention with relative positions beside torch's ways to write it
 #   make compare-reversible  reversible layers beside plain autograd, checkpointing and other packages
 #   make gpu              tests and benchmarks of a machine with an NVIDIA GPU, one JSON in bench/results/
 #   make lint             ruff
@@ -33,7 +34,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 TORCH_READY := $(STAMPS)/$(call tag,$(TORCH))
 
-.PHONY: help demo test bench compare compare-favor compare-lsh compare-reversible gpu lint kernels-check wheel-check clean
+.PHONY: help demo test bench compare compare-favor compare-lsh compare-toeplitz compare-reversible gpu lint kernels-check wheel-check clean
 .SECONDARY:
 
 help:
@@ -64,6 +65,9 @@ compare-favor: $(STAMPS)/built-dev
 
 compare-lsh: $(STAMPS)/built-dev
 	$(PY) bench/compare_lsh.py $(ARGS)
+
+compare-toeplitz: $(STAMPS)/built-dev
+	$(PY) bench/compare_toeplitz.py $(ARGS)
 
 compare-reversible: $(STAMPS)/built-dev
 	$(PY) bench/compare_reversible.py $(ARGS)

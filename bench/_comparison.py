@@ -62,11 +62,13 @@ def arguments(script: Script) -> argparse.Namespace:
 
 
 def differences(label: str, results, expected, tolerance: float) -> list[str]:
-    """A sentence for each of output, dq, dk, dv that is further from the reference than `tolerance` of its largest."""
+    """A sentence for each of output, dq, dk, dv and what else there is (dbias) that is further from the reference than
+    `tolerance` of its largest."""
     import torch
 
     wrong = []
-    for what, x, y in zip(("output", "dq", "dk", "dv"), results, expected, strict=True):
+    whats = ("output", "dq", "dk", "dv", "dbias")[: len(expected)]
+    for what, x, y in zip(whats, results, expected, strict=True):
         error = ((x.double() - y).abs().max() / y.abs().max()).item()
         if not error < tolerance or not torch.isfinite(x).all():
             wrong.append(f"{label}: {what} is off by {error:.1e}")
@@ -137,14 +139,13 @@ class Run:
 
     def decode(self, title: str, entries: dict, batch: int = 200) -> None:
         """One token with a state, from Python: times of a call, in batches of calls taken in turns."""
-        import _contenders
         import _floors
         import _measure
 
         entries = {label: entry for label, entry in entries.items() if entry[0] in self.available}
         calls = {}
         for label, (name, case) in entries.items():
-            step = _contenders.DECODERS[name](case)
+            step = self.contenders.DECODERS[name](case)
 
             def many(step=step):
                 for _ in range(batch):

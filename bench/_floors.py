@@ -24,6 +24,7 @@ dk, dv backward. A floor is the longer of the two times: arithmetic and memory t
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 CHUNK = 64
@@ -134,6 +135,45 @@ class Stack(NamedTuple):
         return 2.0 * self.token_heads * (self.weights + self.layers * 2 * self.pairs * self.D)
 
 
+class Toeplitz(NamedTuple):
+    """One call of linear attention with relative positions: M features, a bias that reaches `reach` offsets each way.
+
+    A pair costs 2 (M + E) flop forward and 2 (3 M + 2 E + 1) backward; "prefix" has those within reach, and 4 M (E + 1)
+    and 10 M (E + 1) for each side beyond it. "fft" has 2 M (E + 1) real transforms of length N = 2 n forward, each of
+    2.5 N log2 N, and twice as many backward.
+    """
+
+    n: int
+    B: int
+    H: int
+    M: int
+    E: int
+    reach: int
+    method: str
+    dtype: str = "float32"
+    is_causal: bool = True
+
+    @property
+    def token_heads(self) -> int:
+        return self.n * self.B * self.H
+
+    @property
+    def inputs(self) -> int:
+        return 2 * self.M + self.E
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """For each token and head."""
+        M, E, sides = self.M, self.E, 1 if self.is_causal else 2
+        if self.method == "fft":
+            forward = 2 * M * (E + 1) * 5 * math.log2(2 * self.n)
+            return {"forward": forward, "backward": 2 * forward}
+        pairs, far = (self.n + 1) / 2 if self.is_causal else self.n, 0
+        if self.method == "prefix" and self.reach < self.n - 1:
+            pairs, far = min(pairs, sides * self.reach + 1), sides * M * (E + 1)
+        return {"forward": 2 * (M + E) * pairs + 4 * far, "backward": 2 * (3 * M + 2 * E + 1) * pairs + 10 * far}
+
+
 class Rates(NamedTuple):
     """What the machine does per second: floating point operations, bytes read plus written."""
 
@@ -173,9 +213,13 @@ def _tiles(shape: Tiles, rates: Rates) -> dict[str, float]:
     return {"forward": _time(flops + hashing, moved, rates), "backward": _time(2.5 * flops, 2 * moved, rates)}
 
 
-def floor(shape: Shape | Tiles | Stack, direction: str, rates: Rates, chunk: int = CHUNK) -> float:
+def floor(shape: Shape | Tiles | Stack | Toeplitz, direction: str, rates: Rates, chunk: int = CHUNK) -> float:
     """Seconds no kernel of this algorithm can go under. direction: "forward", "backward" or "forward+backward"."""
-    if isinstance(shape, Stack):
+    if isinstance(shape, Toeplitz):
+        moved = shape.token_heads * (shape.inputs + shape.E) * ITEM_BYTES[shape.dtype]
+        flops = {name: shape.token_heads * count for name, count in shape.flops.items()}
+        seconds = {name: _time(flops[name], moved * (1 + (name == "backward")), rates) for name in flops}
+    elif isinstance(shape, Stack):
         forward = shape.flops / rates.flops
         seconds = {"forward": forward, "backward": 2 * forward}
     elif isinstance(shape, Tiles):
@@ -190,14 +234,17 @@ def floor(shape: Shape | Tiles | Stack, direction: str, rates: Rates, chunk: int
     return seconds[direction]
 
 
-def decode_floor(shape: Shape, rates: Rates) -> float:
-    """Seconds of one token's step: the float32 state is read and written once, in flops updated and read out."""
+def decode_floor(shape: Shape | Toeplitz, rates: Rates) -> float:
+    """Seconds of one token's step: the float32 state, and a ring, read and written once, in flops updated and read."""
     heads = shape.B * shape.H
+    if isinstance(shape, Toeplitz):
+        state, ring = heads * shape.M * (shape.E + 1), heads * shape.reach * (shape.M + shape.E)
+        return _time(4 * state + 2 * ring, 2 * 4 * (state + ring), rates)
     state = heads * shape.M * (shape.E + 1)
     return _time(4 * state + heads * 4 * shape.D * shape.P, 2 * 4 * state, rates)
 
 
-def output_bytes(shape: Shape | Tiles | Stack, direction: str) -> int:
+def output_bytes(shape: Shape | Tiles | Stack | Toeplitz, direction: str) -> int:
     """The memory no call can do without: its results. The gradients are dq, dk (unless shared), dv."""
     out = shape.token_heads * shape.E * ITEM_BYTES[shape.dtype]
     gradients = shape.token_heads * shape.inputs * ITEM_BYTES[shape.dtype]

@@ -111,6 +111,25 @@ def test_flops_of_tiles_count_every_product_of_every_round():
     assert math.isclose(floors.floor(hashed, "forward", arithmetic), (forward + 1024 * 4 * 2 * 64 * 16) / 1e9)
 
 
+def test_relative_positions_count_pairs_in_reach_sums_beyond_it_and_transforms():
+    arithmetic, n, M, E = floors.Rates(1.0, 1e30), 100, 64, 32
+    tiles = floors.Toeplitz(n, 1, 2, M, E, n - 1, "tiles")
+    pairs = 2 * n * (n + 1) / 2
+    assert floors.floor(tiles, "forward", arithmetic) == pairs * 2 * (M + E)
+    # the weight again and what comes back to it, dq, dk, dv
+    assert floors.floor(tiles, "backward", arithmetic) == pairs * 2 * (M + E + 1 + M + M + E)
+    # as many offsets as there are: prefix is tiles
+    assert floors.floor(tiles._replace(method="prefix"), "forward", arithmetic) == pairs * 2 * (M + E)
+    clipped = tiles._replace(method="prefix", reach=9, is_causal=False)
+    assert floors.floor(clipped, "forward", arithmetic) == 2 * n * (19 * 2 * (M + E) + 2 * 4 * M * (E + 1))
+    fft = tiles._replace(method="fft")
+    transforms = 2 * 2 * M * (E + 1) * 2.5 * (2 * n) * math.log2(2 * n)
+    assert math.isclose(floors.floor(fft, "forward", arithmetic), transforms)
+    assert math.isclose(floors.floor(fft, "backward", arithmetic), 2 * transforms)
+    state = 2 * (M * (E + 1) + 9 * (M + E))
+    assert floors.decode_floor(clipped, floors.Rates(1e30, 1.0)) == 2 * 4 * state
+
+
 def test_attention_over_all_keys_counts_the_pairs_that_are_seen():
     shape = floors.Tiles(100, 1, 2, 64, 32, 0, 64, 0)
     arithmetic = floors.Rates(1.0, 1e30)
