@@ -12,6 +12,7 @@ from .nn.convert import convert
 from .nn.local import Local
 from .nn.lsh import LSH
 from .nn.mechanisms import Linear
+from .nn.replace import ReplacementReport, replace_attention, restore_attention
 from .nn.replay import recomputing
 from .nn.report import FidelityReport, fidelity_report
 from .ops._dispatch import explain
@@ -33,6 +34,7 @@ __all__ = [
     "LinearAttentionOutput",
     "LinearState",
     "Local",
+    "ReplacementReport",
     "ToeplitzState",
     "__version__",
     "convert",
@@ -47,6 +49,8 @@ __all__ = [
     "nn",
     "profile_memory",
     "recomputing",
+    "replace_attention",
+    "restore_attention",
     "reversible_add",
     "softmax_attention",
     "toeplitz_matvec",

@@ -24,6 +24,12 @@ def mechanism(request):
     return MECHANISMS[request.param]
 
 
+@pytest.fixture(params=[name for name in MECHANISMS if name not in ("exact", "auto")])
+def efficient(request):
+    """Without "auto", which takes every call: what its mechanism cannot honour is exact."""
+    return MECHANISMS[request.param]
+
+
 def test_descriptions_are_values():
     assert longattn.Linear("relu") == longattn.Linear(feature_map="relu") != longattn.Linear()
     assert len({longattn.Linear(), longattn.Linear("elu"), longattn.Linear(normalize=False)}) == 2
@@ -61,8 +67,14 @@ def test_linear_is_linear_attention_between_the_projections(options, inputs):
     arguments = {"feature": options.get("feature_map", "elu"), "normalize": options.get("normalize", True)}
     for is_causal, mask in itertools.product((False, True) if inputs == "self" else (False,), (None, padding)):
         expected, _, _ = reference.linear_attention(
-            *project(module, query, key, value), mask, None, None, None,
-            is_causal=is_causal, scale=options.get("scale", 1.0), **arguments,
+            *project(module, query, key, value),
+            mask,
+            None,
+            None,
+            None,
+            is_causal=is_causal,
+            scale=options.get("scale", 1.0),
+            **arguments,
         )
         expected = module.out_proj(expected.transpose(1, 2).flatten(2))
         actual, weights = module(query, key, value, mask, need_weights=False, is_causal=is_causal)
@@ -205,22 +217,26 @@ def test_autocast_returns_its_dtype(need_weights, mechanism):
     assert all(g.dtype == torch.float32 for g in gradients(module, output))
 
 
-def test_linear_drops_its_output_in_training_only():
-    module, x = build(longattn.Linear(), dropout=0.5), draw(2, 50, E)
-    kept = {}
-    module.out_proj.register_forward_pre_hook(lambda _, arguments: kept.update(attended=arguments[0].detach()))
+def test_dropout_is_of_training_only_and_follows_torchs_generator(mechanism):
+    module, x = build(mechanism, dropout=0.5), draw(2, 50, E)
     torch.manual_seed(0)
-    first = module(x, x, x, need_weights=False)[0]
-    share = (kept["attended"] == 0).double().mean()
-    assert 0.4 < share < 0.6
+    first, second = (module(x, x, x, need_weights=False)[0] for _ in range(2))
+    assert not torch.equal(first, second)
     torch.manual_seed(0)
     assert_same_bits("same seed", module(x, x, x, need_weights=False)[0], first)
     module.eval()
-    quiet = module(x, x, x, need_weights=False)[0]
-    assert kept["attended"].count_nonzero() == kept["attended"].numel()
-    assert_same_bits("eval", quiet, build(longattn.Linear())(x, x, x, need_weights=False)[0])
+    assert_same_bits("eval", module(x, x, x)[0], build(mechanism)(x, x, x)[0])
     module.dropout = 1.0
     assert (module.train()(x, x, x, need_weights=False)[0] == module.out_proj.bias).all()
+
+
+def test_linear_drops_its_output():
+    module, x = build(longattn.Linear(), dropout=0.5), draw(2, 50, E)
+    kept = {}
+    module.out_proj.register_forward_pre_hook(lambda _, arguments: kept.update(attended=arguments[0].detach()))
+    module(x, x, x, need_weights=False)
+    share = (kept["attended"] == 0).double().mean()
+    assert 0.4 < share < 0.6
 
 
 # out_proj is called
@@ -250,15 +266,19 @@ def test_hooks_and_adapters_on_out_proj_take_part(mechanism):
 # masks that efficient mechanisms take
 
 
-def test_causal_mask_is_recognised():
-    module, x = build(EFFICIENT), draw(2, 5, E)
-    expected = module(x, x, x, is_causal=True)[0]
-    forbidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
-    added = torch.zeros(5, 5).masked_fill(forbidden, -torch.inf)
-    for mask in (forbidden, added, forbidden.expand(2 * H, 5, 5)):
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("L", [5, 9])
+def test_causality_is_the_same_however_it_is_given(L, need_weights, mechanism):
+    module, x = build(mechanism), draw(2, L, E)
+    options = {"need_weights": need_weights}
+    expected = module(x, x, x, is_causal=True, **options)[0]
+    assert not torch.equal(module(x, x, x, **options)[0], expected)
+    torch.testing.assert_close(build(mechanism, causal=True)(x, x, x, **options)[0], expected)
+    forbidden = torch.ones(L, L, dtype=torch.bool).triu(1)
+    added = torch.zeros(L, L).masked_fill(forbidden, -torch.inf)
+    for mask in (forbidden, added, added.double(), forbidden.expand(2 * H, L, L)):
         for arguments in ({}, {"is_causal": True}):
-            assert_same_bits("output", module(x, x, x, attn_mask=mask, **arguments)[0], expected)
-    assert not torch.equal(module(x, x, x)[0], expected)
+            torch.testing.assert_close(module(x, x, x, attn_mask=mask, **arguments, **options)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -272,11 +292,13 @@ def test_causal_mask_is_recognised():
     ],
     ids=["nothing", "diagonal", "past", "finite", "bias"],
 )
-def test_any_other_mask_is_refused_by_an_efficient_mechanism(mask):
-    module, x = build(EFFICIENT), draw(2, 5, E)
-    sentence = r"^MultiheadAttention: Linear\(\) cannot honour this attn_mask \(\w+ \[5, 5\] on cpu\): it takes"
-    with pytest.raises(ValueError, match=sentence):
+def test_any_other_mask_is_refused_by_an_efficient_mechanism(mask, efficient):
+    module, x = build(efficient), draw(2, 5, E)
+    sentence = f"MultiheadAttention: {module.mechanism!r} cannot honour this attn_mask ("
+    with pytest.raises(ValueError, match="^" + re.escape(sentence)) as caught:
         module(x, x, x, attn_mask=mask)
+    assert "it takes the causal mask (pass is_causal=True" in str(caught.value)
+    assert str(caught.value).endswith("other masks take mechanism='exact'")
 
 
 def test_float_padding_mask_is_the_bool_one(mechanism):
@@ -289,21 +311,23 @@ def test_float_padding_mask_is_the_bool_one(mechanism):
 
 
 @pytest.mark.parametrize("value", [-1e9, 1.0, torch.nan, torch.inf])
-def test_padding_mask_that_biases_is_refused_by_an_efficient_mechanism(value):
-    module, x = build(EFFICIENT), draw(2, 5, E)
+def test_padding_mask_that_biases_is_refused_by_an_efficient_mechanism(value, efficient):
+    module, x = build(efficient), draw(2, 5, E)
     mask = torch.zeros(2, 5)
     mask[1, 2] = value
     with pytest.raises(ValueError, match="takes a key_padding_mask that is bool, or float with values 0 and -inf; "):
         module(x, x, x, mask)
 
 
-def test_weights_are_formed_up_to_a_limit(monkeypatch):
+def test_weights_are_formed_up_to_a_limit(monkeypatch, efficient):
     assert attention.WEIGHTS_LIMIT == 2**22
     monkeypatch.setattr(attention, "WEIGHTS_LIMIT", 10)
-    module, x, memory = build(EFFICIENT), draw(1, 2, E), draw(1, 6, E)
+    module, x, memory = build(efficient), draw(1, 2, E), draw(1, 6, E)
     assert module(x, memory[:, 1:], memory[:, 1:])[1].shape == (1, 2, 5)
     assert module(x, memory, memory, need_weights=False)[0].shape == (1, 2, E)
-    sentence = "need_weights=True would form 2 x 6 weights, and Linear() forms them up to L * S = 10; pass "
+    sentence = (
+        f"need_weights=True would form 2 x 6 weights, and {module.mechanism!r} forms them up to L * S = 10; pass "
+    )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         module(x, memory, memory)
     assert build()(x, memory, memory)[1].shape == (1, 2, 6)
@@ -349,5 +373,3 @@ def test_a_mechanism_without_its_methods_says_so():
 
     with pytest.raises(TypeError, match=r"abstract methods? attend, weights"):
         Empty()
-
-
