@@ -116,10 +116,14 @@ from longattn import lsh_buckets, native
 from longattn.testing.assertions import check_linear
 from longattn.testing.cases import DTYPES, FAVOR, LINEAR
 from longattn.testing.lsh import LSH, check_lsh
+from longattn.testing.toeplitz import TOEPLITZ, check_toeplitz
 torch.set_num_threads(1)
 assert native.extension().isa() == sys.argv[1], native.extension().isa()
 names = {names}
-for kind, cases, check in (("", (*LINEAR, *FAVOR), check_linear), ("lsh, ", LSH, check_lsh)):
+def check_prefix(case, dtype, impl):
+    check_toeplitz(case, dtype, impl, "prefix")
+kinds = ("", (*LINEAR, *FAVOR), check_linear), ("lsh, ", LSH, check_lsh), ("rpe, ", TOEPLITZ, check_prefix)
+for kind, cases, check in kinds:
     for case in cases:
         if kind + case.name in names:
             for dtype in DTYPES:
@@ -161,6 +165,11 @@ AT_EACH_LEVEL = (
     "lsh, packed, separate",
     "lsh, separate, dropout",
     "lsh, wrapped, far",
+    "rpe, causal, L=130, reach 40",
+    "rpe, full, L=210 S=50",
+    "rpe, full, Favor",
+    "rpe, causal, Favor, hyperbolic, key mean",
+    "rpe, causal, packed with everything",
 )
 
 
@@ -174,7 +183,7 @@ def levels():
 @pytest.mark.parametrize("level", levels())
 def test_every_instruction_set_stays_within_the_budget(level):
     script = LEVEL.format(names=dict.fromkeys(AT_EACH_LEVEL, 0)).replace("sys.argv[1]", repr(level))
-    result = python(script, LONGATTN_CPU_ISA=level)
+    result = python(script, timeout=400, LONGATTN_CPU_ISA=level)
     agreement = result.stdout.strip()
     assert agreement.startswith("agrees"), result.stderr
     # the buckets are the same numbers at every level
