@@ -15,6 +15,8 @@ from torch import Tensor
 
 # of the real rows of a block: with their spectra they should stay in the caches
 BLOCK_BYTES = 8 << 20
+# of causal sequences: see `spans`
+SPAN_GROWTH, SHORTEST_SPAN = 8, 64
 
 
 def fast_length(n: int) -> int:
@@ -67,38 +69,71 @@ def _fold(d: Tensor, first: int, reach: int) -> Tensor:
     return dc
 
 
-class _Sequence(NamedTuple):
-    """One sequence and key head with length last, so that transforms run along memory."""
+class _Part(NamedTuple):
+    """Queries of one sequence and the keys that they may see, of one key head, with length last, so that transforms run
+    along memory."""
 
+    b: int
+    head: int
+    heads: slice                               # its query heads, G of them
+    rows: slice
+    keys: slice
     q: Tensor                                  # [G, M, n_q]
     k: Tensor                                  # [M, n_k], 0 where padded
     values: Tensor                             # [E + 1, n_k], the last row 1; 0 where padded
     padded: Tensor | None                      # [n_k]
 
 
-def _sequences(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
-    """Yields b, key head, the slice of its query heads, slices of queries and keys, and the sequence itself."""
-    (B, H, S, E), G, L = v.shape, q.shape[1] // max(v.shape[1], 1), q.shape[2]
-    parts = [(slice(0, L), slice(0, S))]
+def spans(n: int, first: int = 0) -> list[tuple[int, int]]:
+    """(start, stop) of queries that share a transform of the keys before stop, where keys before `first` are padded.
+
+    Transforms round in units of the largest sums of weights, and the first queries of a causal sequence have the
+    smallest. Each span goes to eight times as many keys as the one before, so that every row is rounded in units near
+    its own; that makes a seventh more to transform, and a sixteenth less as there are fewer queries.
+    """
+    found = []
+    while n - first > SHORTEST_SPAN:
+        start = first + (n - first) // SPAN_GROWTH
+        found.append((start, n))
+        n = start
+    return [*found, (0, n)]
+
+
+def _places(L: int, S: int, cu_seqlens: Tensor | None, padded: Tensor | None, is_causal: bool):
+    """Yields slices of queries and of the keys they may see, for one row of a batch."""
+    ends = [(0, L)]
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != L or bounds != sorted(bounds):
             rule = f"must start at 0, never decrease and end at the length {L}"
             raise ValueError(f"longattn: cu_seqlens {rule}, got {bounds}")
-        parts = [(slice(*ends), slice(*ends)) for ends in pairwise(bounds)]
-    for rows, keys in parts:
-        if rows.start == rows.stop or keys.start == keys.stop:
-            continue
-        for b in range(B):
+        ends = list(pairwise(bounds))
+    elif not is_causal or L != S:
+        yield slice(0, L), slice(0, S)
+        return
+    for start, stop in ends:
+        inside = spans(stop - start) if is_causal else [(0, stop - start)]
+        if is_causal and padded is not None and stop > start:
+            inside = spans(stop - start, int((~padded[start:stop]).int().argmax()))
+        for low, high in inside:
+            yield slice(start + low, start + high), slice(start, start + high)
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, is_causal: bool):
+    (B, H, S, E), G, L = v.shape, q.shape[1] // max(v.shape[1], 1), q.shape[2]
+    for b in range(B):
+        for rows, keys in _places(L, S, cu_seqlens, None if mask is None else mask[b], is_causal):
+            if rows.start == rows.stop or keys.start == keys.stop:
+                continue
             padded = None if mask is None else mask[b, keys]
-            for h in range(H):
-                heads = slice(h * G, (h + 1) * G)
-                kt = k[b, h, keys].mT.contiguous()
+            for head in range(H):
+                heads = slice(head * G, (head + 1) * G)
+                kt = k[b, head, keys].mT.contiguous()
                 values = k.new_ones(E + 1, kt.shape[1])
-                values[:E] = v[b, h, keys].mT
+                values[:E] = v[b, head, keys].mT
                 if padded is not None:
                     kt, values = kt.masked_fill(padded, 0), values.masked_fill(padded, 0)
-                yield b, h, heads, rows, keys, _Sequence(q[b, heads, rows].mT.contiguous(), kt, values, padded)
+                yield _Part(b, head, heads, rows, keys, q[b, heads, rows].mT.contiguous(), kt, values, padded)
 
 
 def _blocks(features: int, columns: int, row_bytes: int):
@@ -133,9 +168,9 @@ def forward(q, k, v, c, mask, cu_seqlens, *, reach: int, offset: int, is_causal:
     """-> out `[B, Hq, L, E]` like v, normalizer `[B, Hq, L]`"""
     (B, Hq, L, M), E = q.shape, v.shape[3]
     out, normalizer = v.new_zeros(B, Hq, L, E), q.new_zeros(B, Hq, L)
-    for b, _, heads, rows, _, one in _sequences(q, k, v, mask, cu_seqlens):
-        n_q, n_k = one.q.shape[2], one.k.shape[1]
-        circulant = _circulant(c[heads], n_q, n_k, offset, is_causal, one.padded)
+    for one in _parts(q, k, v, mask, cu_seqlens, is_causal):
+        n_q, n_k, at = one.q.shape[2], one.k.shape[1], (one.b, one.heads, one.rows)
+        circulant = _circulant(c[one.heads], n_q, n_k, offset + one.rows.start - one.keys.start, is_causal, one.padded)
         products, total = _Rows(q, circulant.length), q.new_zeros(one.q.shape[0], E + 1, n_q)
         for f, e in _blocks(M, E + 1, circulant.length * q.itemsize):
             spectrum = products.spectrum(one.k[f], one.values[e])
@@ -147,7 +182,7 @@ def forward(q, k, v, c, mask, cu_seqlens, *, reach: int, offset: int, is_causal:
         result = total[:, :E].masked_fill_(~circulant.seen[:, None], 0)
         if normalize:
             result = torch.where(z == 0, 0, 1 / z)[:, None] * result
-        out[b, heads, rows], normalizer[b, heads, rows] = result.mT.to(v.dtype), z
+        out[at], normalizer[at] = result.mT.to(v.dtype), z
     return out, normalizer
 
 
@@ -157,11 +192,12 @@ def backward(
 ):  # fmt: skip
     """-> dq, dk, dv, dc like q, k, v, c; the spectra of the forward pass are made again"""
     M, E = q.shape[3], v.shape[3]
-    dq, dk, dv, dc = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(c)
-    for b, h, heads, rows, keys, one in _sequences(q, k, v, mask, cu_seqlens):
-        n_q, n_k = one.q.shape[2], one.k.shape[1]
-        circulant = _circulant(c[heads], n_q, n_k, offset, is_causal, one.padded)
-        above = _pulled(grad_out, grad_normalizer, out, normalizer, (b, heads, rows), circulant.seen, normalize)
+    dq, dk, dc, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(c), v.new_zeros(v.shape, dtype=q.dtype)
+    for one in _parts(q, k, v, mask, cu_seqlens, is_causal):
+        n_q, n_k, at = one.q.shape[2], one.k.shape[1], (one.b, one.heads, one.rows)
+        first = offset + one.rows.start - one.keys.start
+        circulant = _circulant(c[one.heads], n_q, n_k, first, is_causal, one.padded)
+        above = _pulled(grad_out, grad_normalizer, out, normalizer, at, circulant.seen, normalize)
         keyed, queried = _Rows(q, circulant.length), _Rows(q, circulant.length)
         dq_one, dk_one, dvalues = torch.zeros_like(one.q), torch.zeros_like(one.k), torch.zeros_like(one.values)
         correlation = torch.zeros_like(circulant.spectrum, dtype=torch.complex128)
@@ -182,14 +218,15 @@ def backward(
                     dvalues[e].addcmul_(weighted, row)
         if one.padded is not None:
             dk_one, dvalues = dk_one.masked_fill(one.padded, 0), dvalues.masked_fill(one.padded, 0)
-        dq[b, heads, rows] = dq_one.mT
-        dk[b, h, keys], dv[b, h, keys] = dk_one.mT, dvalues[:E].mT.to(v.dtype)
+        dq[at] = dq_one.mT
+        dk[one.b, one.head, one.keys] += dk_one.mT
+        dv[one.b, one.head, one.keys] += dvalues[:E].mT
         shifts = _shifts(n_q, n_k, c.device)
         by_shift = torch.fft.irfft(correlation, circulant.length)[:, shifts % circulant.length]
         if is_causal:
-            by_shift = by_shift.masked_fill(-shifts - offset > 0, 0)
-        dc[heads] += _fold(by_shift.flip(1), 1 - n_q - offset, reach).to(dc.dtype)
-    return dq, dk, dv, dc
+            by_shift = by_shift.masked_fill(-shifts - first > 0, 0)
+        dc[one.heads] += _fold(by_shift.flip(1), 1 - n_q - first, reach).to(dc.dtype)
+    return dq, dk, dv.to(v.dtype), dc
 
 
 def _pulled(grad_out, grad_normalizer, out, normalizer, at, seen: Tensor, normalize: bool) -> Tensor:

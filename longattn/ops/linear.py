@@ -323,8 +323,8 @@ def linear_attention(
         reads the end that is nearer, so [Hq, 2N-1] holds every offset of N tokens. -inf hides an offset, and with
         normalize so does b more than 60 (float64: 600) below a head's largest. NaN and +inf are refused on a CPU, where
         looking waits for nothing. A Favor map must have normalize="l2". It is not softmax attention with this bias.
-    rpe_method: how, not what: "prefix" (time n (K + M)), "tiles" (time n^2), "fft" (time n log n, rounded to about
-        1e-5 of the largest weights of all rows), or "auto"; see `longattn.explain`.
+    rpe_method: how, not what: "prefix" (time n (K + M)), "tiles" (time n^2), "fft" (time n M log n; float32 rounds to
+        about 1e-6, to 1e-4 where the factors of a head are e^10 apart), or "auto"; see `longattn.explain`.
     impl: "auto", "cpu", "triton", "cuda", "reference". See `longattn.explain`.
 
     Returns `[B, Hq, L, E]` in the inputs' dtype (autocast's under autocast; that of a callable map's features). A query

@@ -19,6 +19,7 @@ from .. import features as maps
 from ..favor import Favor
 from ..ops._prefix import accumulator
 from ..ops._toeplitz import factors
+from ..ops._toeplitz_fft import spans
 from ..ops.linear import linear_attention
 from ..reference.toeplitz import toeplitz_attention
 from .assertions import FORWARD_FACTOR, GRADIENT_FACTOR, HEADS, LONG, assert_within_budget, blocks
@@ -226,22 +227,29 @@ def check_toeplitz(case: ToeplitzCase, dtype: torch.dtype, impl: str, method: st
 def fft_bound(inputs: ToeplitzInputs) -> Tensor:
     """How far `rpe_method="fft"` may be from the sum, for each row `[B, Hq, L, 1]` of the output, in float64.
 
-    A circular product of c and a_f rounds to eps |c|_2 |a_f|_2 for each of its rows; the features of the
-    query add those up, and the sum of its weights divides: 2 eps |c|_2 sum_f |q_f| |k_f|_2 (largest |v| + |o|) / z.
+    A circular product of c and a_f rounds to eps |c|_2 |a_f|_2 for each of its rows; the features of the query add
+    those up, and the sum of its weights divides: 2 eps |c|_2 sum_f |q_f| |k_f|_2 (largest |v| + |o|) / z. If causal,
+    the norms are those of the keys before the end of the row's span.
     """
     exact = inputs.double()
     o = exact.options
     names = {"is_causal": o["is_causal"], "normalize": o["normalize"]}
     q, k = _map(o["feature_map"], exact.q, False), _map(o["feature_map"], exact.k, True)
-    if o["key_padding_mask"] is not None:
-        k = k.masked_fill(o["key_padding_mask"][:, None, :, None], 0)
-    needed = max(q.shape[2], k.shape[2]) - 1
-    c = factors(exact.bias, q.shape[1], needed, dtype=torch.float64, **names)
-    out, z = toeplitz_attention(q, k, exact.v, c, o["key_padding_mask"], o["cu_seqlens"], **names)
-    G = q.shape[1] // k.shape[1]
-    lengths = k.norm(dim=2).repeat_interleave(G, 1)[..., None]                                 # [B, Hq, M, 1]
-    noise = torch.finfo(inputs.q.dtype).eps * c.norm(dim=1)[:, None, None] * (q.abs() @ lengths)
+    mask, cu_seqlens = o["key_padding_mask"], o["cu_seqlens"]
+    if mask is not None:
+        k = k.masked_fill(mask[:, None, :, None], 0)
+    L, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    c = factors(exact.bias, q.shape[1], max(L, S) - 1, dtype=torch.float64, **names)
+    out, z = toeplitz_attention(q, k, exact.v, c, mask, cu_seqlens, **names)
+    noise, middle = torch.zeros_like(z)[..., None], c.shape[1] // 2                            # [B, Hq, L, 1]
+    plain = o["is_causal"] and mask is None and cu_seqlens is None
+    for start, stop in spans(L) if plain else [(0, L)]:
+        seen = stop if plain else max(L, S)
+        lengths = k[:, :, :seen].norm(dim=2).repeat_interleave(G, 1)[..., None]                # [B, Hq, M, 1]
+        near = c[:, middle + 1 - seen : middle + seen].norm(dim=1)[:, None, None]
+        noise[:, :, start:stop] = near * (q[:, :, start:stop].abs() @ lengths)
     values = exact.v.abs().amax((2, 3)).repeat_interleave(G, 1)[..., None, None]
+    noise = 2 * torch.finfo(inputs.q.dtype).eps * noise
     if not o["normalize"]:
-        return 2 * noise * values * (1 if o["scale"] is None else abs(o["scale"]))
-    return 2 * noise * (values + out.abs().amax(-1, keepdim=True)) / z[..., None].clamp_min(1e-300)
+        return noise * values * (1 if o["scale"] is None else abs(o["scale"]))
+    return noise * (values + out.abs().amax(-1, keepdim=True)) / z[..., None].clamp_min(1e-300)
