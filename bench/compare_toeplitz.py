@@ -2,7 +2,7 @@
 
     python bench/compare_toeplitz.py --quick              short lengths; to see that everything works
     python bench/compare_toeplitz.py                      the whole, 10 GB of free memory, quiet machine please
-    python bench/compare_toeplitz.py --parts long         1,048,576 tokens by prefix, both passes, ours alone (14 GB)
+    python bench/compare_toeplitz.py --parts long         1,048,576 tokens by prefix, two heads, ours alone (6 GB)
     python bench/compare_toeplitz.py --parts crossover    from which length the FFT is faster than tiles, for the data
 
 B=1, H=8, M=E=64, float32, causal, a bias with a number for every offset unless said; features are in nobody's call but
@@ -96,17 +96,18 @@ def methods_part(run: Run) -> None:
             run.variants(f"every offset, one head, n={n}, {direction}", ours(one, "fft", "tiles"), **few(run))
 
 
-def growth_part(run: Run) -> None:
+def by_length(run: Run, title: str, lengths, H: int, **how) -> None:
     """Time of a token by prefix."""
-    lengths = (4096, 16384) if run.options.quick else (16384, 65536, 262144)
     for direction in DIRECTIONS:
         for n in lengths:
-            for row in run.variants(f"growth, {direction}", _prefix(n, direction), **few(run)):
-                row["ns_per_token_head"], row["ratio"] = 1e6 * row["median_ms"] / (8 * n), None
+            case = case_of(n, H=H, direction=direction, reach=K, method="prefix")
+            entries = {f"longattn prefix, K={K}": ("longattn", case)}
+            for row in run.variants(f"{title}, {direction}", entries, **how):
+                row["ns_per_token_head"], row["ratio"] = 1e6 * row["median_ms"] / case.shape.token_heads, None
 
 
-def _prefix(n: int, direction: str) -> dict:
-    return {f"longattn prefix, K={K}": ("longattn", case_of(n, direction=direction, reach=K, method="prefix"))}
+def growth_part(run: Run) -> None:
+    by_length(run, "growth", (4096, 16384) if run.options.quick else (16384, 65536, 262144), 8, **few(run))
 
 
 def decode_part(run: Run) -> None:
@@ -117,11 +118,7 @@ def decode_part(run: Run) -> None:
 
 
 def long_part(run: Run) -> None:
-    for direction in DIRECTIONS:
-        for n in (65536, 1 << 20):
-            how = {"seconds": 0, "rounds": (1, 1) if n > 1 << 17 else (3, 3), "peak": False}
-            for row in run.variants(f"long, {direction}", _prefix(n, direction), **how):
-                row["ns_per_token_head"], row["ratio"] = 1e6 * row["median_ms"] / (8 * n), None
+    by_length(run, "long", (65536, 1 << 20), 2, **few(run))
 
 
 def crossover_part(run: Run) -> None:

@@ -178,8 +178,8 @@ def test_gradients_are_those_of_the_function(case, way):
     if way.device == "cuda":
         pytest.skip("float64 runs on cpu and reference only")
     call, tensors = differentiable(case, way)
-    # all entries of a small table, one direction of a longer one
-    assert gradcheck(call, tensors, nondet_tol=0.0, fast_mode=way.method == "fft")
+    # every entry for one, a random direction for those that the table holds to the same numbers
+    assert gradcheck(call, tensors, nondet_tol=0.0, fast_mode=way.method != "prefix")
 
 
 def test_the_reference_has_a_second_derivative():
@@ -255,8 +255,10 @@ def test_autocast_equals_inputs_of_its_dtype(way):
 
 
 @kernel_ways
-@pytest.mark.parametrize("normalize", [True, False])
-def test_raw_ops_pass_opcheck(normalize, way):
+def test_raw_ops_pass_opcheck(way):
+    if way.method == "tiles":
+        pytest.skip("the same op as prefix")
+    normalize = way.method == "prefix"
     options = {"device": way.device, "dtype": torch.float64 if way.device == "cpu" else torch.float32}
     q, k, v = (x.abs() for x in qkv(B=1, H=1, L=5, D=2, E=2, **options))
     c = bias_of(heads=1, reach=4, **options).exp()
