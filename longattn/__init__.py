@@ -15,6 +15,7 @@ from .nn.mechanisms import Linear
 from .nn.replace import ReplacementReport, replace_attention, restore_attention
 from .nn.replay import recomputing
 from .nn.report import FidelityReport, fidelity_report
+from .nn.rpe import NPRF
 from .ops._dispatch import explain
 from .ops.linear import LinearAttentionOutput, linear_attention, linear_attention_with_state
 from .ops.lsh import lsh_attention
@@ -26,6 +27,7 @@ from .state import FavorState, LinearState, ToeplitzState
 
 __all__ = [
     "LSH",
+    "NPRF",
     "Auto",
     "Favor",
     "FavorState",
