@@ -357,7 +357,7 @@ def test_raw_ops_guard_their_memory(kernel):
 
 
 def test_a_map_for_other_heads_is_refused_by_the_module():
-    with pytest.raises(ValueError, match="is for head_dim 8, got embed_dim 12 in 3 heads"):
+    with pytest.raises(ValueError, match="is for head_dim 8, but the attention has heads of 4"):
         longattn.nn.MultiheadAttention(12, 3, mechanism=Favor(8))
 
 
