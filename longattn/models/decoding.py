@@ -252,7 +252,7 @@ class LSHCache(Cache):
     def _call(self, q: Tensor, v: Tensor, **options):
         attention = self.attention
         options |= {"norm_eps": getattr(attention, "norm_eps", 0.0)}
-        return prepare("LSHCache", q, None, v, is_causal=True, **_options(attention, None, q, True, v, 0.0), **options)
+        return prepare("LSHCache", q, None, v, is_causal=True, **_options(attention, None, v, 0.0), **options)
 
     def _append(self, q: Tensor, v: Tensor, norm_eps: float) -> tuple[Tensor, ...]:
         scale = _lsh.key_scale(torch.ops.longattn._lsh_lengths(q), norm_eps)[..., None]
