@@ -18,6 +18,7 @@ from ..ops import _dispatch
 from . import require
 
 SWITCHES = (
+    "LONGATTN_CACHE",
     "LONGATTN_CPU_ISA",
     "LONGATTN_CUDA",
     "LONGATTN_CUDA_ARCHS",

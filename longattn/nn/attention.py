@@ -31,7 +31,9 @@ def favor_of(mechanism: Mechanism) -> Favor | None:
 
 def refusal(mha: nn.MultiheadAttention, mechanism: Mechanism) -> str | None:
     """Why a mechanism cannot run in an attention of these parameters, in a sentence."""
-    made = favor_of(mechanism) or mechanism
+    # what Auto runs where it is not exact
+    inner = getattr(mechanism, "mechanism", mechanism)
+    made = favor_of(inner) or inner
     head_dim, kind = getattr(made, "head_dim", mha.head_dim), type(made).__name__
     if head_dim != mha.head_dim:
         came = f"the attention has heads of {mha.head_dim} (embed_dim {mha.embed_dim} / {mha.num_heads} heads)"

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -64,7 +64,7 @@ def cache_folder() -> Path:
 
 
 def users_table() -> Path:
-    """What `longattn tune` writes."""
+    """Where `longattn tune` writes."""
     return cache_folder() / "break_even.json"
 
 
@@ -103,29 +103,34 @@ def forget() -> None:
     _measured.cache_clear()
 
 
-def nearest(rows: Iterable[Row], kind: str, head_dim: int, is_causal: bool, dtype: str, work: float) -> Row | None:
-    """The row nearest in dtype, causality, head_dim and work, in this order; of equals the more cautious."""
+def predicted(rows: Sequence[Row], head_dim: int, is_causal: bool, dtype: str, work: float) -> int | None:
+    """The length for so much work, from the rows of one kind that are nearest in dtype, causality and head_dim.
+
+    Between two amounts of work that were measured it is on the line through them; beyond the largest it grows with the
+    work; below the smallest it stays, to be on the safe side.
+    """
 
     def distance(row: Row) -> tuple:
-        return (
-            row.dtype != dtype,
-            row.is_causal != is_causal,
-            abs(math.log(row.head_dim / head_dim)),
-            abs(math.log(row.work / work)),
-            -math.inf if row.length is None else -row.length,
-        )
+        return row.dtype != dtype, row.is_causal != is_causal, abs(math.log(row.head_dim / head_dim)), row.head_dim
 
-    return min((row for row in rows if row.kind == kind), key=distance, default=None)
+    best = min(map(distance, rows))
+    alike = sorted((row for row in rows if distance(row) == best), key=lambda row: row.work)
+    less = next((row for row in reversed(alike) if row.work <= work), alike[0])
+    more = next((row for row in alike if row.work >= work), alike[-1])
+    if less.length is None or more.length is None:
+        return None
+    if less.work == more.work:
+        return math.ceil(less.length * max(work / less.work, 1))
+    share = (work - less.work) / (more.work - less.work)
+    return math.ceil(less.length + share * (more.length - less.length))
 
 
 @functools.cache
 def _measured(device: str, kind: str, head_dim: int, is_causal: bool, dtype: str, work: float) -> BreakEven:
-    """From the tables. A mechanism that does more for a token than the one measured breaks even that much later."""
-    for source, rows in _tables():
-        row = nearest((row for row in rows if row.device == device), kind, head_dim, is_causal, dtype, work)
-        if row is not None:
-            scale = max(work / row.work, 1.0)
-            return BreakEven(None if row.length is None else math.ceil(row.length * scale), source)
+    for source, table in _tables():
+        rows = [row for row in table if row.device == device and row.kind == kind]
+        if rows:
+            return BreakEven(predicted(rows, head_dim, is_causal, dtype, work), source)
     warnings.warn(
         f"mechanism='auto': no break-even length of {kind} is known on {device}, so exact attention runs at every "
         "length; `longattn tune` measures it, Auto(..., break_even=...) sets it",
@@ -136,7 +141,7 @@ def _measured(device: str, kind: str, head_dim: int, is_causal: bool, dtype: str
 
 
 def measured(*key) -> BreakEven:
-    """`_measured`, under torch.compile too."""
+    """From the tables, by (device, kind, head_dim, is_causal, dtype, work), under torch.compile too."""
     return _measured(*key)
 
 
@@ -210,7 +215,7 @@ class Auto(Mechanism, name="auto"):
 
     def note(self, head_dim, like, is_causal):
         n, source = self.break_even_for(head_dim, like, is_causal)
-        return f"exact at every length: {source}" if n is None else f"exact below {n} tokens, {source}"
+        return f"exact at every length, {source}" if n is None else f"exact below {n} tokens, {source}"
 
     def attend(self, q, k, v, *, is_causal, **arguments) -> Tensor:
         chosen = self.chosen(q.shape[2], k.shape[2], q.shape[3], q, is_causal)
@@ -222,11 +227,16 @@ class Auto(Mechanism, name="auto"):
 
 
 def write(path: Path, rows: Sequence[Row], about: dict) -> None:
-    """Puts rows in place of those of the same key, all at once: a reader sees the old table or the new one."""
+    """Puts rows in place of those of the same key, all at once: a reader sees the old table or the new one.
+
+    about: the machine and the day, kept beside those of earlier runs.
+    """
     kept = {row.key: row for row in read(path)} | {row.key: row for row in rows}
+    runs = [run for run in (json.loads(path.read_text())["about"] if path.exists() else []) if run != about]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     lines = ",\n".join(f"  {json.dumps(row._asdict())}" for row in sorted(kept.values(), key=lambda row: row.key))
-    part.write_text(f'{{"about": {json.dumps(about)},\n "rows": [\n{lines}\n]}}\n')
+    abouts = ",\n".join(f"  {json.dumps(run)}" for run in [*runs, about])
+    part.write_text(f'{{"about": [\n{abouts}\n ],\n "rows": [\n{lines}\n ]}}\n')
     os.replace(part, path)
     forget()

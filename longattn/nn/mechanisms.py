@@ -95,7 +95,8 @@ class Mechanism(abc.ABC):
 
     def __repr__(self) -> str:
         shown = []
-        for field in dataclasses.fields(self):
+        # what does not count in a comparison is made for each attention
+        for field in (x for x in dataclasses.fields(self) if x.compare):
             value = getattr(self, field.name)
             if isinstance(value, nn.Module):
                 shown.append(f"{field.name}={type(value).__name__}({value.extra_repr()})")
