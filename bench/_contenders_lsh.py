@@ -7,7 +7,6 @@ has keys of its own, k. Laying out the inputs as a package wants them is outside
 from __future__ import annotations
 
 import functools
-import logging
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import longattn
+from longattn.cli import _attentions
 from longattn.ops import _lsh, _tiles
 from longattn.ops.lsh import hash_of, orders, prepare
 
@@ -120,13 +120,6 @@ def sdpa(case: Case, inputs: Inputs):
     return directed(case, attend, list(inputs[:3]), inputs.grad_out)
 
 
-class _Given(torch.nn.Module):
-    """In place of a projection: the rows themselves, `[B, n, H D]`."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.rows
-
-
 def hugging_face(case: Case, inputs: Inputs):
     """The core of transformers' LSHSelfAttention: its projections return the rows they are given.
 
@@ -145,19 +138,8 @@ def hugging_face(case: Case, inputs: Inputs):
 
 
 def hugging_face_layer(case: Case):
-    from transformers import ReformerConfig
-    from transformers.models.reformer.modeling_reformer import LSHSelfAttention
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    config = ReformerConfig(
-        hidden_size=case.H * case.D, num_attention_heads=case.H, attention_head_size=case.D, attn_layers=["lsh"],
-        lsh_attn_chunk_length=case.chunk, lsh_num_chunks_before=1, lsh_num_chunks_after=int(not case.is_causal),
-        lsh_attention_probs_dropout_prob=0.0, is_decoder=case.is_causal, hash_seed=0,
-        num_hashes=case.n_hashes, num_buckets=case.factors if len(case.factors) > 1 else case.factors[0],
-    )  # fmt: skip
-    layer = LSHSelfAttention(config)
-    layer.query_key, layer.value = _Given(), _Given()
-    return layer
+    options = {"n_hashes": case.n_hashes, "chunk": case.chunk, "factors": case.factors, "is_causal": case.is_causal}
+    return _attentions.hugging_face_layer(heads=case.H, head_dim=case.D, **options)
 
 
 def reformer_pytorch(case: Case, inputs: Inputs):

@@ -93,7 +93,7 @@ def others() -> Iterator[dict]:
 def fresh_peak(
     contender: str, case: dict, threads: int, timeout: float = 900, device: str = "cpu", module: str = "_contenders"
 ) -> dict:
-    """`longattn.profile.peak_of` in a process of its own (`_peak.py`): {"peak_mb": ...}, or {"peak_skipped": why}."""
+    """`longattn._memory.peak_of` in a process of its own (`_peak.py`): {"peak_mb": ...}, or {"peak_skipped": why}."""
     environment = {**os.environ, **PEAK_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     environment.pop("THP_MEM_ALLOC_ENABLE", None)
     job = json.dumps({"module": module, "contender": contender, "case": case, "device": device})

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from longattn.profile import peak_of
+from longattn._memory import peak_of
 
 # pages, pools and code that any first call takes, paid before the count begins
 WARM_UP_LENGTH = 256

@@ -8,6 +8,7 @@
    forward and backward, beside torch's causal SDPA; the decode step in CUDA C++; floors from this GPU's own copy and
    matmul rates.
 3. The tile engine in Triton at the same lengths: LSH of 4 rounds and of 1, its hash and its sort, and exact attention.
+4. Relative positions: prefix, tiles and FFT beside exact attention with the same bias, and where they cross.
 What does not fit into the minutes or the memory is listed as not run. One JSON goes to bench/results/.
 """
 
@@ -32,10 +33,11 @@ sys.path.insert(0, str(HERE))
 
 import _floors  # noqa: E402
 import _gpu_lsh  # noqa: E402
+import _gpu_toeplitz  # noqa: E402
 import _measure  # noqa: E402
 from _contenders import Case, directed, linear, make_inputs  # noqa: E402
 
-from longattn.profile import peak_of  # noqa: E402
+from longattn._memory import peak_of  # noqa: E402
 
 HEADS = 16
 # most telling first: the minutes may run out
@@ -81,7 +83,7 @@ def check_shapes() -> str | None:
                 check_linear(case, dtype, "triton", "cuda")
             except AssertionError as error:
                 return str(error)
-    return _gpu_lsh.check() or check_decode()
+    return _gpu_lsh.check() or _gpu_toeplitz.check() or check_decode()
 
 
 def check_decode(steps: int = 32) -> str | None:
@@ -165,16 +167,16 @@ class Measurement:
     def __init__(self, probed: dict, deadline: float):
         self.probed, self.deadline, self.rows, self.seconds = probed, deadline, [], {}
 
-    def predicted(self, name: str, case: Case) -> float:
-        """Seconds of exact attention from the longest shorter length measured: it grows with the square."""
+    def predicted(self, name: str, case, power: float = 2) -> float:
+        """Seconds from the longest shorter length measured; exact attention grows with the square."""
         key = (name, case.dtype, case.direction)
         known = [(n, seconds) for (*of, n), seconds in self.seconds.items() if tuple(of) == key and n <= case.n]
         if not known:
             # a safe guess at 65,536 tokens and 16 heads
             guess = (0.1 if case.dtype == "bfloat16" else 1.0) * (1 if case.direction == "forward" else 3)
-            return guess * (case.n / 65536) ** 2
+            return guess * (case.n / 65536) ** power
         n, seconds = max(known)
-        return seconds * (case.n / n) ** 2
+        return seconds * (case.n / n) ** power
 
     def skip(self, name: str, case: Case, why: str) -> None:
         self.rows.append({"contender": name, **case._asdict(), "skipped": why})
@@ -195,9 +197,11 @@ class Measurement:
         torch.cuda.empty_cache()
         return None
 
-    def record(self, name: str, case, times: list[float], peak: int | None, floor: float | None = None) -> None:
-        """floor: seconds, where it is not that of `_floors.floor`."""
-        self.seconds[name, case.dtype, case.direction, case.n] = statistics.median(times)
+    def record(
+        self, name: str, case, times: list[float], peak: int | None, floor: float | None = None, key: str | None = None
+    ) -> None:
+        """floor: seconds, where it is not that of `_floors.floor`. key: what predictions go by, if not the name."""
+        self.seconds[key or name, case.dtype, case.direction, case.n] = statistics.median(times)
         row = {"contender": name, **case._asdict(), **_measure.summary(times)}
         if peak is not None:
             row["peak_mb"] = peak / 1e6
@@ -235,6 +239,34 @@ class Measurement:
         for name in (FLASH, CUDNN):
             if time.perf_counter() < self.deadline:
                 self.opponent(name, both)
+
+    def relative(self, n: int) -> None:
+        """Relative positions by every method, and exact attention with the same bias."""
+        own = [(_gpu_toeplitz.NAME, case) for case in _gpu_toeplitz.cases(n, HEADS)]
+        for name, case in own + _gpu_toeplitz.opponents(n, HEADS):
+            # methods and widths have times of their own
+            key = name if name != _gpu_toeplitz.NAME else f"{name} {case.method} {case.D}"
+            predicted = self.predicted(key, case, _gpu_toeplitz.growth(case.method))
+            need, free = _gpu_toeplitz.bytes_of(name, case), torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            if time.perf_counter() > self.deadline:
+                self.skip(name, case, "not run: out of time")
+            elif predicted > LONGEST or time.perf_counter() + 2 * predicted > self.deadline:
+                self.skip(name, case, f"not run: about {predicted:.1f} s by growth with the length")
+            elif need > 0.9 * free:
+                self.skip(name, case, f"not run: needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+            else:
+                slow = predicted > LONGEST / 10
+                try:
+                    call = _gpu_toeplitz.build(name, case, "cuda")
+                    times = interleave({name: call}, 0.5 if slow else 1.0, (1, 1) if slow else (5, 30))[name]
+                except RuntimeError as error:
+                    # a kernel that torch does not have for this GPU says so in an exception
+                    self.skip(name, case, f"not run: {str(error).splitlines()[0]}")
+                    continue
+                peak = None if slow else peak_of(call, "cuda")
+                self.record(name, case, times, peak, key=key)
+                del call
+                torch.cuda.empty_cache()
 
     def opponent(self, name: str, case: Case) -> None:
         predicted = self.predicted(name, case)
@@ -311,11 +343,13 @@ def table(rows: list[dict]) -> list[list[str]]:
     own = [row for row in rows if row["contender"].startswith("longattn") and row["direction"] != "decode"]
 
     def order(row: dict) -> tuple:
-        what = (row["contender"], row["D"], row.get("feature", ""), row.get("n_hashes", 0), row["dtype"])
-        return *what, row["direction"] != "forward", row["direction"], row["n"]
+        what = (row["contender"], row["D"], row.get("feature", ""), row.get("method", ""), row.get("n_hashes", 0))
+        return *what, row["dtype"], row["direction"] != "forward", row["direction"], row["n"]
 
     for row in sorted(own, key=order):
-        if "feature" in row:
+        if row["contender"] == _gpu_toeplitz.NAME:
+            what = _gpu_toeplitz.label(row)
+        elif "feature" in row:
             what = f"{row['feature']} M={row['n_features'] or row['D']}"
         else:
             what = f"LSH R={row['n_hashes']}" if row["n_hashes"] else "exact"
@@ -373,11 +407,16 @@ def main() -> int:
         for case, dtype, direction in itertools.product(maps, ("bfloat16", "float32"), ("forward", "backward")):
             measurement.measure(case._replace(n=n, dtype=dtype, direction=direction))
         measurement.tiles(n)
+        measurement.relative(n)
     show(measurement.rows, probed)
+    crossovers = _gpu_toeplitz.crossovers(measurement.rows)
+    for found in crossovers:
+        at = "at no length measured" if found["from_n"] is None else f"from {found['from_n']:,} tokens"
+        print(f"{found['faster']} is faster than {found['than']} {at}, {found['direction']}")
     properties = torch.cuda.get_device_properties(0)
     device = {"name": properties.name, "memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}
     report = {"schema": 1, "device": device, "machine": _measure.machine(), "versions": _measure.versions()}
-    report |= {"settings": _measure.settings(), "probe": probed, "rows": measurement.rows}
+    report |= {"settings": _measure.settings(), "probe": probed, "rows": measurement.rows, "crossovers": crossovers}
     report["seconds"] = time.perf_counter() - began
     name = "-".join(properties.name.lower().split())
     output = options.output or HERE / "results" / f"linear-gpu-{name}-{time.strftime('%Y%m%d')}.json"

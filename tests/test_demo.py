@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longattn.cli import _compare, _measure, _show, _text, _train, _units, demo
-from longattn.cli._compare import BreakEven, Point, Shape
+from longattn.cli import _compare, _measure, _table, _text, _train, _units, demo
+from longattn.cli._attentions import Shape
+from longattn.cli._compare import BreakEven, Point
 from longattn.cli.main import main
 from longattn.models import ByteLM
+from longattn._memory import PeakMemory
 
 SAMPLE = b"Where it is a duty to worship the sun, it is pretty sure to be a crime to examine the laws of heat. " * 30
 
@@ -136,7 +138,7 @@ def allocate(megabytes):
     """Frees a block before and holds another of twice the size for a moment, beside one of 8 MB outside."""
     outside = torch.ones(2 * 10**6)
     torch.ones(megabytes * 10**6 // 4)
-    with _measure.PeakMemory() as peak:
+    with PeakMemory() as peak:
         torch.ones(megabytes * 10**6 // 2)
     yield peak.bytes, float(outside.sum())
 
@@ -370,10 +372,10 @@ def test_recall_is_of_clusters_at_affordable_lengths_and_said_for_the_longest():
     points = [
         Point("lsh", n, True, *costs, *found) for n, found in ((512, (0.9, 0.5)), (1024, (recall, 0.25)), (4096, ()))
     ]
-    assert _show.recall_sentence(points).startswith(
+    assert _table.recall_sentence(points).startswith(
         f"lsh, recall at 1,024 tokens: {100 * recall:.0f} % in clusters of 64, 25 %"
     )
-    assert _show.recall_sentence(points[2:]) is None
+    assert _table.recall_sentence(points[2:]) is None
 
 
 def test_interruption_keeps_what_was_measured_and_leaves_nothing_running(sample, tmp_path):

@@ -1,9 +1,8 @@
-"""Attention mechanisms side by side at growing lengths: what is measured, what is predicted, where they break even."""
+"""Attentions side by side at growing lengths: what is measured, what is predicted, where they break even."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,47 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..favor import Favor
 from ..lsh import lsh_recall
-from ..ops.linear import linear_attention
-from ..ops.lsh import lsh_attention
-from ..ops.softmax import softmax_attention
 from . import _measure
+from ._attentions import ATTENTIONS, EXACT, Attend, Shape
 
-
-class Mechanism(NamedTuple):
-    """attend(q, k, v) on `[B, H, L, D]`, the power of the length by which its time grows, whether it is meant to give
-    what exact attention gives, and whether it looks for the keys that matter, so that there is a recall."""
-
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    power: int
-    estimates: bool = False
-    looks: bool = False
-
-
-@functools.cache
-def _favor(head_dim: int) -> Favor:
-    return Favor(head_dim, FEATURES, exact_diagonal=True)
-
-
-def _attend_favor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return linear_attention(q, k, v, feature_map=_favor(q.shape[3]), is_causal=True)
-
-
-def _attend_lsh(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # the Reformer's: queries are keys too, so k is left unread
-    return lsh_attention(q, None, v, is_causal=True)
-
-
-# the first is what the others are held against; a new mechanism is one line
-MECHANISMS = {
-    "exact": Mechanism(functools.partial(softmax_attention, is_causal=True, impl="torch"), 2),
-    "linear": Mechanism(functools.partial(linear_attention, is_causal=True), 1),
-    "favor": Mechanism(_attend_favor, 1, estimates=True),
-    "lsh": Mechanism(_attend_lsh, 1, looks=True),
-}
-EXACT = "exact"
-FEATURES = 256
+# what the demo shows
+MECHANISMS = (EXACT, "linear", "favor", "lsh")
 # of queries and keys: random features follow the softmax at such norms, and at norms of 1 they are noise
 DEVIATION = 0.4
 # the error is that of the last queries, which see all keys
@@ -62,31 +26,44 @@ RECALL_LENGTH, RECALL_PAIRS = 2048, 1 << 22
 CLUSTER, SPREAD = 64, 0.25
 
 
-class Shape(NamedTuple):
-    """Of one attention call, beside its length; batch 1, float32, causal."""
+class Wanted(NamedTuple):
+    """What to measure beside the time of the forward pass. quality: error and recall."""
 
-    heads: int = 8
-    head_dim: int = 64
+    backward: bool
+    memory: bool
+    quality: bool
+
+
+EVERYTHING = Wanted(True, True, True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One mechanism at one length. Training is forward and backward. Bytes are beyond the inputs.
+    """One attention at one length; None is what was not asked for. Training is forward and backward. Bytes are beyond
+    the inputs.
 
     error: of the last queries against exact attention, |output - exact| / |exact|; None for exact itself, for a
     mechanism that does not estimate it, and for points that were not measured.
+    forward_spread, training_spread: half the distance of the quartiles over the median; None for a single call.
     """
 
     mechanism: str
     length: int
     measured: bool
     forward_s: float
-    forward_bytes: int
-    training_s: float
-    training_bytes: int
+    forward_bytes: int | None
+    training_s: float | None
+    training_bytes: int | None
     error: float | None = None
     recall: float | None = None
     unrelated_recall: float | None = None
+    forward_spread: float | None = None
+    training_spread: float | None = None
+
+    @property
+    def total_s(self) -> float:
+        """Of both directions where both are there."""
+        return self.forward_s if self.training_s is None else self.training_s
 
 
 def lengths(longest: int, shortest: int = 128) -> list[int]:
@@ -97,15 +74,16 @@ def lengths(longest: int, shortest: int = 128) -> list[int]:
     return found
 
 
-def measure_attention(mechanism: str, length: int, shape: Shape, threads: int, seed: int) -> Iterator[Point]:
+def measure_attention(
+    mechanism: str, length: int, shape: Shape, threads: int, seed: int, wanted: Wanted = EVERYTHING
+) -> Iterator[Point]:
     """Runs in a fresh process."""
     torch.set_num_threads(threads)
-    attend = MECHANISMS[mechanism].attend
+    attend, dtype = ATTENTIONS[mechanism].make(shape, length), getattr(torch, shape.dtype)
     generator = torch.Generator().manual_seed(seed)
-    size = (1, shape.heads, length, shape.head_dim)
-    q, k, v, grad = (torch.randn(size, generator=generator) for _ in range(4))
-    q *= DEVIATION
-    k *= DEVIATION
+    size = (shape.batch, shape.heads, length, shape.head_dim)
+    deviations = (DEVIATION, DEVIATION, 1, 1)
+    q, k, v, grad = ((x * torch.randn(size, generator=generator)).to(shape.device, dtype) for x in deviations)
 
     def forward(n: int | None = None) -> Tensor:
         with torch.no_grad():
@@ -117,20 +95,31 @@ def measure_attention(mechanism: str, length: int, shape: Shape, threads: int, s
         # a mechanism of shared queries and keys has no gradient of k
         return output, *torch.autograd.grad(output, inputs, grad[:, :, :n], allow_unused=True)
 
-    # libraries load and threads start on the first call, which is no cost of the mechanism
-    for warm in (forward, training):
-        warm(min(length, 128))
-    costs = *_measure.sample(forward), *_measure.sample(training)
-    yield Point(mechanism, length, True, *costs, _error(mechanism, q, k, v), *_recalls(mechanism, length, shape, seed))
+    costs = []
+    for function in (forward, training)[: 1 + wanted.backward]:
+        # libraries load and threads start on the first call, which is no cost of the mechanism
+        function(min(length, 128))
+        costs.append(_measure.sample(function, memory=wanted.memory, device=shape.device))
+    costs += [_measure.Cost(None, None, None)] * (2 - len(costs))
+    yield Point(
+        mechanism,
+        length,
+        True,
+        *costs[0][:2],
+        *costs[1][:2],
+        _error(mechanism, attend, q, k, v) if wanted.quality else None,
+        *(_recalls(mechanism, length, shape, seed) if wanted.quality else (None, None)),
+        *(cost.spread for cost in costs),
+    )
 
 
-def _error(mechanism: str, q: Tensor, k: Tensor, v: Tensor) -> float | None:
-    if not MECHANISMS[mechanism].estimates:
+def _error(mechanism: str, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> float | None:
+    if not ATTENTIONS[mechanism].estimates:
         return None
     with torch.no_grad():
-        output = MECHANISMS[mechanism].attend(q, k, v)[:, :, -JUDGED:]
+        output = attend(q, k, v)[:, :, -JUDGED:]
         n, rows = k.shape[2], output.shape[2]
-        hidden = torch.ones(rows, n, dtype=torch.bool).triu(n - rows + 1)                      # [rows, n]
+        hidden = torch.ones(rows, n, dtype=torch.bool).triu(n - rows + 1)  # [rows, n]
         scores = (q[:, :, -rows:] @ k.mT / q.shape[3] ** 0.5).masked_fill(hidden, -math.inf)
         exact = scores.softmax(-1) @ v
         return ((output - exact).norm() / exact.norm()).item()
@@ -148,7 +137,7 @@ def clusters(length: int, shape: Shape, seed: int) -> Tensor:
 
 def _recalls(mechanism: str, length: int, shape: Shape, seed: int) -> tuple[float | None, float | None]:
     """Of all rounds, mean over heads: among rows in clusters, and among unrelated ones."""
-    if not MECHANISMS[mechanism].looks or length > RECALL_LENGTH:
+    if not ATTENTIONS[mechanism].looks or length > RECALL_LENGTH:
         return None, None
     shape = shape._replace(heads=max(1, min(shape.heads, RECALL_PAIRS // length**2)))
     unrelated = torch.randn(1, shape.heads, length, shape.head_dim, generator=torch.Generator().manual_seed(seed))
@@ -159,43 +148,66 @@ def _recalls(mechanism: str, length: int, shape: Shape, seed: int) -> tuple[floa
 def predict(last: Point, length: int) -> Point:
     """A point that was not measured: time by the mechanism's power of the length, memory in proportion to it."""
     ratio = length / last.length
-    slower = ratio ** MECHANISMS[last.mechanism].power
-    return Point(
-        last.mechanism,
-        length,
-        False,
-        last.forward_s * slower,
-        round(last.forward_bytes * ratio),
-        last.training_s * slower,
-        round(last.training_bytes * ratio),
-    )
+    slower = ratio ** ATTENTIONS[last.mechanism].power
+
+    def grown(x, factor):
+        return None if x is None else x * factor
+
+    def size(x):
+        return None if x is None else round(x * ratio)
+
+    times = (grown(last.forward_s, slower), grown(last.training_s, slower))
+    sizes = (size(last.forward_bytes), size(last.training_bytes))
+    return Point(last.mechanism, length, False, times[0], sizes[0], times[1], sizes[1])
 
 
-def points(at: Sequence[int], *, shape: Shape, threads: int, seed: int, limit_s: float, memory: int) -> Iterator[Point]:
-    """Every mechanism at every length, measured unless it would take more than limit_s or memory bytes.
+def points(
+    at: Sequence[int],
+    *,
+    shape: Shape,
+    threads: int,
+    seed: int,
+    limit_s: float,
+    memory: int,
+    names: Sequence[str] = MECHANISMS,
+    wanted: Wanted = EVERYTHING,
+    failed: Callable[[str, int, str], None] | None = None,
+) -> Iterator[Point]:
+    """Every attention at every length, measured unless it would take more than limit_s or memory bytes.
 
     What would is predicted from the longest measured length of the same mechanism, and says so in `measured`.
+    failed(name, length, reason): called in place of raising WorkerError; longer lengths are left out then.
     """
     last: dict[str, Point] = {}
+    names, item = list(names), torch.empty(0, dtype=getattr(torch, shape.dtype)).element_size()
     for length in at:
-        inputs = 4 * 4 * length * shape.heads * shape.head_dim
-        for name in MECHANISMS:
+        inputs = 4 * item * shape.batch * length * shape.heads * shape.head_dim
+        for name in list(names):
             guess = predict(last[name], length) if name in last else None
-            if guess and (guess.forward_s + guess.training_s > limit_s or guess.training_bytes + inputs > memory):
+            if guess and (
+                guess.forward_s + (guess.training_s or 0) > limit_s
+                or max(guess.forward_bytes or 0, guess.training_bytes or 0) + inputs > memory
+            ):
                 yield guess
                 continue
-            last[name] = _measure.call(measure_attention, name, length, shape, threads, seed)
-            yield last[name]
+            try:
+                last[name] = _measure.call(measure_attention, name, length, shape, threads, seed, wanted)
+            except _measure.WorkerError as error:
+                if failed is None:
+                    raise
+                failed(name, length, str(error))
+                names.remove(name)
+            else:
+                yield last[name]
 
 
 def scores_bytes(length: int, heads: int) -> int:
     """What the float32 scores of softmax attention take when they are written out: 4 n^2 per head."""
-    return 4 * heads * length * length
+    return 4 * heads * length**2
 
 
-@dataclasses.dataclass(frozen=True)
-class BreakEven:
-    """From which length on a mechanism is faster than exact attention.
+class BreakEven(NamedTuple):
+    """The length from which on a mechanism is faster than exact attention, within what was measured.
 
     length: None if it is nowhere. below: it is faster at the shortest measured length already.
     """
@@ -221,16 +233,10 @@ def break_evens(found: Sequence[Point]) -> dict[str, dict[str, BreakEven]]:
     """{mechanism: {"forward" and "training": BreakEven}} from the lengths where it and exact were both measured."""
     exact = {point.length: point for point in found if point.mechanism == EXACT and point.measured}
     result = {}
-    for name in MECHANISMS:
+    for name in dict.fromkeys(point.mechanism for point in found):
         both = [p for p in found if p.mechanism == name != EXACT and p.measured and p.length in exact]
-        if both:
-            at = [p.length for p in both]
-            result[name] = {
-                kind: break_even(
-                    at,
-                    [getattr(exact[n], f"{kind}_s") for n in at],
-                    [getattr(p, f"{kind}_s") for p in both],
-                )
-                for kind in ("forward", "training")
-            }
+        for kind in ("forward", "training"):
+            times = [(p.length, getattr(exact[p.length], f"{kind}_s"), getattr(p, f"{kind}_s")) for p in both]
+            if times and None not in times[0]:
+                result.setdefault(name, {})[kind] = break_even(*zip(*times, strict=True))
     return result

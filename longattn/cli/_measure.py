@@ -13,8 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
+from typing import NamedTuple
 
-from ..profile import PeakMemory
+import torch
+
+from ..profile import profile_memory
 
 # torch maps large blocks with huge pages: without, most of a short call is page faults
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -114,23 +117,48 @@ def call(function: Callable[..., Iterator], *args):
 # one measurement
 
 
-def sample(function: Callable[[], object]) -> tuple[float, int]:
-    """(median seconds of a call, peak bytes of one call): of its first call if that is long, else when warm."""
+class Cost(NamedTuple):
+    """Median seconds of a call, bytes of its peak, and half the distance of the quartiles over the median."""
 
-    def once() -> tuple[float, int]:
-        with PeakMemory() as peak:
-            start = time.perf_counter()
-            # what it returns is kept until the peak is read
-            kept = function()  # noqa: F841
-            seconds = time.perf_counter() - start
-        return seconds, peak.bytes
+    seconds: float | None
+    bytes: int | None
+    spread: float | None
 
-    seconds, peak = once()
+
+def sample(function: Callable[[], object], *, memory: bool = True, device: str = "cpu") -> Cost:
+    """Of the first call if that is long, else when warm; memory is measured in calls of its own."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        # what it returns is kept until the clock is read
+        kept = function()  # noqa: F841
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def measured() -> tuple[float, int | None]:
+        if not memory:
+            return once(), None
+        with profile_memory(device=device, interval=None) as profile:
+            seconds = once()
+        return seconds, profile.peak
+
+    seconds, peak = measured()
     if seconds > LONG_S:
-        return seconds, peak
+        return Cost(seconds, peak, None)
     times: list[float] = []
     while len(times) < REPEATS[0] or (len(times) < REPEATS[1] and sum(times) < REPEAT_S):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), once()[1]
+        times.append(once())
+    low, middle, high = statistics.quantiles(times, n=4)
+    return Cost(middle, measured()[1] if memory else None, (high - low) / 2 / middle)
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping; where nobody knows, as many as there are addresses."""
+    with contextlib.suppress(ImportError):
+        import psutil
+
+        return psutil.virtual_memory().available
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return 1 << 62

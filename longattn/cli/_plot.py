@@ -1,14 +1,21 @@
-"""The demo's picture: time and memory against length, and the loss curve."""
+"""Pictures: time and memory against length, and a loss curve."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
-from ._compare import EXACT, MECHANISMS, Point, Shape, scores_bytes
+from ._attentions import ATTENTIONS, EXACT, Shape
+from ._compare import BreakEven, Point, break_evens, scores_bytes
 from ._train import Result, Step
 
 INK, FAINT = "#222222", "#8a8a8a"
-COLORS = ("#8a8a8a", "#0b6fb8", "#d1495b", "#2a9d6f", "#b07c10", "#7a4fb0")
+COLORS = (
+    "#8a8a8a", "#0b6fb8", "#d1495b", "#2a9d6f", "#b07c10", "#7a4fb0", "#e07a1f", "#4d9ea8", "#9a5b4f", "#c06bb0",
+)  # fmt: skip
+# what the demo does not show comes after what it does
+ORDER = (EXACT, "linear", "favor", "lsh", *ATTENTIONS)
 
 
 def save(
@@ -22,56 +29,103 @@ def save(
     entropies: tuple[float, float],
 ) -> None:
     """Draws what there is; entropies: of single bytes and of pairs, in bits per byte."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4.6), dpi=140, layout="constrained")
-    figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
-    time, memory, loss = figure.subplots(1, 3)
-    _curves(time, points, "training_s")
-    _label(time, "Time of forward and backward")
-    _curves(memory, points, "training_bytes")
-    _scores(memory, points, shape)
-    _label(memory, "Peak memory of the same, beyond the inputs")
-    for axis, unit in ((time, "s"), (memory, "B")):
-        _lengths(axis, points, unit)
+    figure, ((time, memory, loss),) = _figure(title, 1, 3)
+    _times(time, points, "training")
+    _memory(memory, points, shape, "training")
     _loss(loss, steps, result, entropies)
     figure.savefig(path)
 
 
-def save_curve(path: str, *, title: str, steps: Sequence[Step], entropies: tuple[float, float]) -> None:
-    """Bits per byte against steps alone."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.6), dpi=140, layout="constrained")
-    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
-    _loss(figure.subplots(), steps, None, entropies)
+def save_comparison(path: str, *, title: str, points: Sequence[Point], shape: Shape) -> None:
+    """Time of what was measured, and memory where it was; both axes logarithmic, break-evens marked."""
+    kinds = ["forward"] + ["training"] * any(point.training_s is not None for point in points)
+    with_memory = any(point.forward_bytes is not None for point in points)
+    figure, axes = _figure(title, 1 + with_memory, len(kinds))
+    for i, kind in enumerate(kinds):
+        _times(axes[0][i], points, kind)
+        if with_memory:
+            _memory(axes[1][i], points, shape, kind)
     figure.savefig(path)
 
 
+def _figure(title: str, rows: int, columns: int):
+    """-> the figure, its axes by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14 / 3 * max(columns, 1.5), 4.6 * rows), dpi=140, layout="constrained")
+    figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_curve(path: str, *, title: str, steps: Sequence[Step], entropies: tuple[float, float]) -> None:
+    """Bits per byte against steps alone."""
+    figure, ((axis,),) = _figure(title, 1, 1)
+    _loss(axis, steps, None, entropies)
+    figure.savefig(path)
+
+
+WHAT = {"forward": "the forward pass", "training": "forward and backward"}
+
+
+def _times(axis, points: Sequence[Point], kind: str) -> None:
+    _curves(axis, points, f"{kind}_s")
+    exact = [p for p in points if p.mechanism == EXACT and p.measured]
+    for name, kinds in break_evens(points).items():
+        if kind in kinds:
+            _mark(axis, kinds[kind], exact, f"{kind}_s", _color(name))
+    _label(axis, f"Time of {WHAT[kind]}")
+    _lengths(axis, points, "s")
+
+
+def _memory(axis, points: Sequence[Point], shape: Shape, kind: str) -> None:
+    _curves(axis, points, f"{kind}_bytes")
+    _scores(axis, points, shape)
+    _label(axis, f"Peak memory of {WHAT[kind]}")
+    _lengths(axis, points, "B")
+
+
+def _mark(axis, found: BreakEven, exact: Sequence[Point], field: str, color: str) -> None:
+    """A ring on the curve of exact attention where another crosses it."""
+    if found.length is None or found.below:
+        return
+    (a, b) = next((a, b) for a, b in itertools.pairwise(exact) if a.length <= found.length <= b.length)
+    share = math.log(found.length / a.length) / math.log(b.length / a.length)
+    at = getattr(a, field) ** (1 - share) * getattr(b, field) ** share
+    axis.plot([found.length], [at], "o", ms=11, mfc="none", mec=color, mew=2, zorder=3)
+    offset = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    axis.annotate(f"{found.length:,.0f}", (found.length, at), color=color, **offset)
+
+
+def _color(name: str) -> str:
+    return COLORS[list(dict.fromkeys(ORDER)).index(name) % len(COLORS)]
+
+
 def _curves(axis, points: Sequence[Point], field: str) -> None:
-    for name, color in zip(MECHANISMS, COLORS, strict=False):
-        own = [p for p in points if p.mechanism == name]
+    for name in dict.fromkeys(point.mechanism for point in points):
+        own, color = [p for p in points if p.mechanism == name], _color(name)
+        marker = "o" if ATTENTIONS[name].package is None else "s"
         measured = [p for p in own if p.measured]
         # the dashed part starts at the point it was predicted from
         predicted = measured[-1:] + [p for p in own if not p.measured]
         label = "exact (torch)" if name == EXACT else name
         found = [p for p in own if p.recall is not None]
         note = f" (recall {100 * found[-1].recall:.0f} % at {_short(found[-1].length)})" if found else ""
-        _draw(axis, measured, field, color=color, marker="o", label=label + note)
+        _draw(axis, measured, field, color=color, marker=marker, label=label + note)
         if len(predicted) > 1:
-            _draw(axis, predicted, field, color=color, marker="o", mfc="white", ls="--", zorder=1)
-            axis.plot([], [], color=color, marker="o", mfc="white", ls="--", label=f"{label}, predicted")
+            style = {"color": color, "marker": marker, "mfc": "white", "ls": "--"}
+            _draw(axis, predicted, field, zorder=1, **style)
+            axis.plot([], [], label=f"{label}, predicted", **style)
 
 
 def _draw(axis, points: Sequence[Point], field: str, **style) -> None:
     # nothing measurable does not fit on a log axis
-    shown = [(p.length, getattr(p, field)) for p in points if getattr(p, field) > 0]
+    shown = [(p.length, getattr(p, field)) for p in points if getattr(p, field)]
     axis.plot(*zip(*shown, strict=True) if shown else ([], []), lw=2, ms=5, **style)
 
 
 def _scores(axis, points: Sequence[Point], shape: Shape) -> None:
     at = sorted({p.length for p in points})
-    written_out = [scores_bytes(n, shape.heads) for n in at]
+    written_out = [scores_bytes(n, shape.batch * shape.heads) for n in at]
     axis.plot(at, written_out, ls=":", lw=1.5, color=INK, label="n x n scores written out (computed)")
 
 
@@ -84,7 +138,7 @@ def _lengths(axis, points: Sequence[Point], unit: str) -> None:
         axis.set_xticks(at[::-2], [_short(n) for n in at[::-2]])
         axis.yaxis.set_major_formatter(EngFormatter(unit))
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False, fontsize=8)
 
 
 def _short(n: int) -> str:

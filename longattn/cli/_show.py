@@ -3,86 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from . import _measure
-from ._compare import CLUSTER, DEVIATION, EXACT, BreakEven, Point, Shape, break_evens, scores_bytes
+from .._memory import PeakMemory
+from . import _table
+from ._attentions import Shape
+from ._compare import Point, break_evens, scores_bytes
+from ._table import PREDICTED
 from ._train import Step
-from ._units import digits, seconds, size
+from ._units import seconds, size
 
-PREDICTED = "~"
 SHARE_LOGGED = 0.1
 
 
-def table(points: Sequence[Point], shape: Shape) -> Table:
-    """One row for each mechanism and length; what was predicted is marked."""
-    notes = [
-        "Memory: beyond the inputs. Speed-up: of forward and backward.",
-        f"Error: of the last queries against exact; queries and keys have a standard deviation of {DEVIATION}.",
-        f"Recall: share of exact attention's mass found, of rows in clusters of {CLUSTER}.",
-    ]
-    if not all(point.measured for point in points):
-        notes.insert(0, f"{PREDICTED} not measured: predicted from the longest measured length.")
-    view = Table(
-        box=SIMPLE_HEAD,
-        # 80 columns hold it all
-        padding=0,
-        show_edge=False,
-        title=f"Causal attention, float32, {shape.heads} heads of {shape.head_dim}",
-        title_justify="left",
-        caption="\n".join(notes),
-        caption_justify="left",
-    )
-    view.add_column("length", justify="right", no_wrap=True)
-    view.add_column("attention", no_wrap=True)
-    for name in ("forward", "memory", "+ backward", "memory", "speed-up", "error", "recall"):
-        view.add_column(name, justify="right", no_wrap=True)
-    exact = {point.length: point for point in points if point.mechanism == EXACT}
-    for point in points:
-        mark, style = ("", "") if point.measured else (PREDICTED, "dim")
-        costs = (seconds(point.forward_s), size(point.forward_bytes))
-        costs += (seconds(point.training_s), size(point.training_bytes))
-        length = f"{point.length:,}" if point.mechanism == EXACT else ""
-        row = (length, point.mechanism, *(mark + cost for cost in costs), _speed_up(exact[point.length], point))
-        row += (_percent(point.error, 1), _percent(point.recall))
-        view.add_row(*row, style=style)
-    return view
-
-
-def _percent(share: float | None, decimals: int = 0) -> str:
-    return "" if share is None else f"{100 * share:.{decimals}f} %"
-
-
-def _speed_up(exact: Point, point: Point) -> str:
-    if point is exact:
-        return ""
-    return f"{'' if exact.measured and point.measured else PREDICTED}{digits(exact.training_s / point.training_s)}x"
-
-
-def recall_sentence(points: Sequence[Point]) -> str | None:
-    """Of the longest length for which there is a recall."""
-    found = [point for point in points if point.recall is not None]
-    if not found:
-        return None
-    at = max(found, key=lambda point: point.length)
-    return (
-        f"{at.mechanism}, recall at {at.length:,} tokens: {_percent(at.recall)} in clusters of {CLUSTER}, "
-        f"{_percent(at.unrelated_recall)} of unrelated rows, where there is nothing to look for"
-    )
-
-
-def break_even_sentence(mechanism: str, kind: str, found: BreakEven) -> str:
-    what = f"{mechanism}, {'forward' if kind == 'forward' else 'forward and backward'}:"
-    if found.length is None:
-        return f"{what} slower than exact at the longest length measured"
-    how = "the shortest measured" if found.below else "where the measured curves cross"
-    return f"{what} faster than exact from {found.length:,.0f} tokens on ({how})"
+def drawn(found: _table.Table) -> Group:
+    """For rich."""
+    # 80 columns hold the demo's; sentences of its own would be broken at the width of the table
+    view = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for i, name in enumerate(found.columns):
+        view.add_column(name, justify="left" if i == 1 else "right", no_wrap=True)
+    for cells, dim in found.rows:
+        view.add_row(*cells, style="dim" if dim else "")
+    return Group(Text(found.title), view, *(Text(note, style="dim") for note in found.notes))
 
 
 class Display:
@@ -96,17 +45,24 @@ class Display:
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def comparison(self, points: list[Point], shape: Shape) -> Iterator:
-        """Yields a function to call whenever points has grown. What is there stays printed, also after an exception."""
+    def comparison(self, points: list[Point], shape: Shape, **how) -> Iterator:
+        """Yields a function to call whenever points has grown. What is there stays printed, also after an exception.
+
+        how: as `_table.table` takes it.
+        """
+
+        def view() -> Group:
+            return drawn(_table.table(points, shape, **how))
+
         if not self.console.is_terminal:
             self.line("measuring ...")
             try:
-                yield lambda: None
+                yield lambda: self.line(_table.line(points[-1], points, shape))
             finally:
-                self.console.print(table(points, shape))
+                self.console.print(view())
             return
-        with Live(table(points, shape), console=self.console, auto_refresh=False) as live:
-            yield lambda: live.update(table(points, shape), refresh=True)
+        with Live(view(), console=self.console, auto_refresh=False) as live:
+            yield lambda: live.update(view(), refresh=True)
 
     @contextlib.contextmanager
     def training(self, length: int, note: Callable[[], str] = str) -> Iterator:
@@ -143,15 +99,15 @@ def header(display: Display, record) -> None:
     display.line(f"text     {text.name}, {len(text.data):,} bytes; the last tenth is held out")
     display.line(f"entropy  {low:.3f} bits per byte of single bytes (the line to beat), {pairs:.3f} of pairs")
     display.line(f"engine   linear attention on {record.engine}, {settings.threads} threads")
-    display.line(f"memory   {_measure.PeakMemory.method}")
+    display.line(f"memory   {PeakMemory.method}")
     display.line()
 
 
 def break_even(display: Display, record) -> None:
     for mechanism, kinds in break_evens(record.points).items():
         for kind, found in kinds.items():
-            display.line(break_even_sentence(mechanism, kind, found))
-    recall = recall_sentence(record.points)
+            display.line(_table.break_even_sentence(mechanism, kind, found))
+    recall = _table.recall_sentence(record.points)
     if recall is not None:
         display.line(recall)
     plan = record.plan

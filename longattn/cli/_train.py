@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._memory import PeakMemory
 from ..models import ByteLM
-from ._compare import Shape
-from ._measure import PeakMemory
+from ._attentions import Shape
 
 WARM_UP_STEPS = 4
 # from here on blocks are run again in the backward pass, for memory

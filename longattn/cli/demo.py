@@ -107,7 +107,7 @@ class Record:
     """All that is known so far: what an interruption leaves is still printed and drawn."""
 
     def __init__(self, settings: Settings, text: Text, engine: str) -> None:
-        from ._compare import Shape
+        from ._attentions import Shape
         from ._train import Plan
 
         self.settings, self.text, self.engine = settings, text, engine
@@ -121,7 +121,8 @@ class Record:
 
     def document(self, ended: str) -> dict:
         """Everything as JSON. ended: "complete", "interrupted" or "failed"."""
-        from . import _compare, _measure
+        from .._memory import PeakMemory
+        from . import _compare
 
         def data(value):
             return None if value is None else dataclasses.asdict(value)
@@ -143,11 +144,11 @@ class Record:
                 "held_out_bigram_entropy_bits": self.held_out_entropies[1],
             },
             "comparison": {
-                "shape": {"batch": 1, **self.shape._asdict(), "dtype": "float32", "causal": True},
-                "memory": _measure.PeakMemory.method,
+                "shape": self.shape._asdict(),
+                "memory": PeakMemory.method,
                 "points": [data(point) for point in self.points],
                 "break_even": {
-                    name: {kind: data(found) for kind, found in kinds.items()}
+                    name: {kind: found._asdict() for kind, found in kinds.items()}
                     for name, kinds in _compare.break_evens(self.points).items()
                 },
             },
@@ -179,12 +180,10 @@ class Record:
 
 
 def _compare_attention(record: Record, display) -> None:
-    import psutil
-
     from . import _compare, _measure
 
     settings, plan = record.settings, record.plan
-    memory = int(MEMORY_SHARE * psutil.virtual_memory().available)
+    memory = int(MEMORY_SHARE * _measure.available_memory())
     found = _compare.points(
         _compare.lengths(settings.length),
         shape=record.shape,

@@ -9,7 +9,7 @@ import sys
 
 from .._version import __version__
 
-COMMANDS = ("demo", "doctor", "fidelity", "memory", "train", "tune")
+COMMANDS = ("bench", "demo", "doctor", "fidelity", "memory", "train", "tune")
 
 
 def _parser(names: tuple[str, ...]) -> argparse.ArgumentParser:

@@ -53,7 +53,7 @@ def measured(settings: dict, threads: int, scratch: int) -> Iterator[int]:
     import torch
 
     from .. import native
-    from . import _measure
+    from .._memory import PeakMemory
 
     torch.set_num_threads(threads)
     if sys.platform == "linux":
@@ -66,7 +66,7 @@ def measured(settings: dict, threads: int, scratch: int) -> Iterator[int]:
     # the kernels' scratch is part of what a step needs
     native._scratch.held = None
     gc.collect()
-    with _measure.PeakMemory() as peak:
+    with PeakMemory() as peak:
         # the first gives the optimiser its state, as in all steps but the first of a training
         _steps(settings, [warm, settings["length"]], scratch)
     yield peak.bytes

@@ -166,7 +166,7 @@ def _prepare(args, wishes: Wishes):
 
 
 def _peak() -> int:
-    from ..profile import high_water
+    from .._memory import high_water
 
     return high_water()
 
