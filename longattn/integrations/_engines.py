@@ -183,7 +183,7 @@ class LSHEngine(Engine):
         self.mechanism = LSH(**options, resample="never")
 
     def whole(self, call, name):
-        options = _options(self.mechanism, None, call.q, False, call.v, call.dropout_p)
+        options = _options(self.mechanism, None, call.v, call.dropout_p)
         options |= {"is_causal": call.is_causal, "key_padding_mask": call.padding, "scale": call.scale}
         return run(prepare(name, call.q, call.k, call.v, enable_gqa=True, cu_seqlens=call.starts, **options))
 
