@@ -97,8 +97,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             mechanism = Exact(nan_compat=True)
         own = mechanism.submodules(num_heads)
         for name, module in own.items():
-            # what was made here goes where the parameters are, what was given stays where it is
-            if getattr(mechanism, name, None) is not module:
+            # what was made here goes where the parameters are, what was given stays where it is; what has no memory yet
+            # cannot go anywhere
+            made = getattr(mechanism, name, None) is not module
+            if made and not any(x.is_meta for x in (*module.parameters(), *module.buffers())):
                 module.to(self.out_proj.weight.device)
         self._adopt(mechanism, causal, own)
 
