@@ -88,9 +88,10 @@ class profile_memory:
 
         step = longattn.profile_memory(step)      # or as a decorator: step.peak is that of the last call
 
-    device: "cpu" is the resident memory of the process, sampled every `interval` seconds by a thread (None: not, so
-        that there is no timeline); "cuda" the memory of the current GPU that torch's allocator hands out, from its own
-        record of every allocation. Default: "cuda" where torch has begun to use a GPU, else "cpu".
+    device: "cpu" is the resident memory of the process, sampled every `interval` seconds by a thread; "cuda" the memory
+        of the current GPU that torch's allocator hands out, from its own record of every allocation. Default: "cuda"
+        where torch has begun to use a GPU, else "cpu".
+    interval: None leaves out samples and record, and with them the timeline. Peaks stay, and nothing is slowed down.
 
     peak: bytes above `baseline`, which is what there was at the start. timeline: Samples. phases: Phases, in the order
     in which they ended. seconds: how long it took. save_plot(path) draws them; save(path) writes them as JSON, or for
@@ -147,7 +148,7 @@ class profile_memory:
         self.baseline = self._whole.start
         self._began, self._began_us = time.perf_counter(), time.time_ns() / 1e3
         self._sampler = None
-        if self.device == "cuda":
+        if self.device == "cuda" and self.interval is not None:
             torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS)
         elif self.interval is not None:
             self._note()
@@ -164,7 +165,7 @@ class profile_memory:
             self._note()
         self._whole.__exit__()
         self.seconds, self.peak, self._running = self._elapsed(), self._whole.bytes, None
-        if self.device == "cuda":
+        if self.device == "cuda" and self.interval is not None:
             self.snapshot = torch.cuda.memory._snapshot()
             torch.cuda.memory._record_memory_history(enabled=None)
             events = self.snapshot["device_traces"][torch.cuda.current_device()]
