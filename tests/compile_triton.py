@@ -13,7 +13,7 @@ os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 import torch
 import triton
-from longattn.kernels import favor, linear, lsh, reversible, softmax
+from longattn.kernels import favor, linear, lsh, reversible, softmax, toeplitz
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -117,6 +117,17 @@ def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: boo
     softmax.backward(out, *tensors, out, lse, **options)
 
 
+def toeplitz_forward_and_backward(dtype: torch.dtype, M: int, E: int, causal: bool) -> None:
+    """Shorter than the sequence, and past a segment: near tiles, states before them and after."""
+    B, H, L, reach, groups = 1, 2, 1100, 20, 2
+    assert max(toeplitz.SEGMENT.values()) + reach < L
+    q, k, v = (torch.zeros(B, h, L, d, dtype=x) for h, d, x in ((H * groups, M, None), (H, M, None), (H, E, dtype)))
+    mask, c = torch.zeros(B, L, dtype=torch.bool), torch.zeros(H * groups, 2 * reach + 1)
+    options = {"reach": reach, "offset": 0, "is_causal": causal, "normalize": True}
+    out, z = toeplitz.forward(q, k, v, c, mask, None, **options)
+    toeplitz.backward(out, None, q, k, v, c, mask, None, out, z, **options)
+
+
 def sums_of_streams(dtype: torch.dtype) -> None:
     for grid in (0.0, 2.0**-13):
         for subtract in (False, True):
@@ -133,6 +144,9 @@ if __name__ == "__main__":
         print(f"-- {case}", flush=True)
         if state in ("shared", "separate", "dense", "local"):
             softmax_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", state)
+            continue
+        if state == "toeplitz":
+            toeplitz_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal")
             continue
         if state == "reversible":
             sums_of_streams(getattr(torch, name))

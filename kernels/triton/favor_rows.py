@@ -119,6 +119,19 @@ def sealed(c):
 
 
 @triton.jit
+def row_scale(ptr, x, rows, live, d, t, D: tl.constexpr, L2: tl.constexpr):
+    """s of the rows: t, with L2 over their length; d are all columns."""
+    scale = tl.zeros([rows.shape[0]], tl.float32) + t
+    if L2:
+        # the largest component first: its square must neither overflow nor vanish
+        raw = tile(ptr, x, rows, live, d, D).to(tl.float32)
+        largest = tl.max(tl.abs(raw), 1)
+        unit = raw * reciprocal(largest)[:, None]
+        scale = t * reciprocal(largest * tl.sqrt_rn(tl.sum(unit * unit, 1)))
+    return scale
+
+
+@triton.jit
 def centered(ptr, x, rows, live, scale, center, d, D: tl.constexpr, HAS_OFFSET: tl.constexpr):
     """x~ [rows, d] in float32."""
     raw = tile(ptr, x, rows, live, d, D).to(tl.float32) * scale[:, None]
@@ -155,13 +168,7 @@ def rows_kernel(x, mask, root, hi, lo, offset, center, heads, L, P, size, shift,
         offset += head * size
         center += head * DP
 
-    scale = tl.zeros([C], tl.float32) + t
-    if L2:
-        # the largest component first: its square must neither overflow nor vanish
-        raw = tile(ptr, x, rows, live, d, D).to(tl.float32)
-        largest = tl.max(tl.abs(raw), 1)
-        unit = raw * reciprocal(largest)[:, None]
-        scale = t * reciprocal(largest * tl.sqrt_rn(tl.sum(unit * unit, 1)))
+    scale = row_scale(ptr, x, rows, live, d, t, D, L2)
     near = centered(ptr, x, rows, live, scale, center, d, D, HAS_OFFSET)
     # a row that is not finite must not pass for one of no weight
     log = tl.where(broken(tl.sum(tl.abs(near), 1)) != 0, float("nan"), 0.0)

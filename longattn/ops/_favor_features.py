@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import features as maps
-from .. import native
 from ..favor import Favor
 from ..native import features as native_features
+from . import _dispatch
 from ._autograd import tracked
 from ._prefix import accumulator
 
@@ -27,14 +27,32 @@ def _(grad, phi, x, projection, *rest):
     return x.new_empty(x.shape), projection.new_empty(())
 
 
-@torch.library.impl("longattn::_favor_features", "cpu")
+def _engine(device: torch.device):
+    """The module whose `forward` and `backward` run this op; they share one signature."""
+    if device.type == "cpu":
+        return native_features
+    from ..kernels import features as triton_features
+
+    return triton_features
+
+
+def _has_kernel(x: Tensor) -> bool:
+    if _dispatch.refuses("cpu" if x.device.type == "cpu" else "triton", x) is not None:
+        return False
+    return x.device.type == "cpu" or _engine(x.device).refuses(x) is None
+
+
 def _forward(x, projection, root, mean, kind, logs):
-    return native_features.forward(x, projection, root, mean, kind=kind, logs=logs)
+    return _engine(x.device).forward(x, projection, root, mean, kind=kind, logs=logs)
 
 
-@torch.library.impl("longattn::_favor_features_backward", "cpu")
 def _backward(grad, phi, x, projection, root, mean, kind, logs):
-    return native_features.backward(grad, phi, x, projection, root, mean, kind=kind, logs=logs)
+    return _engine(x.device).backward(grad, phi, x, projection, root, mean, kind=kind, logs=logs)
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("longattn::_favor_features", _device, _forward)
+    torch.library.impl("longattn::_favor_features_backward", _device, _backward)
 
 
 class _Backward(torch.autograd.Function):
@@ -79,7 +97,7 @@ def favor_features(x: Tensor, favor: Favor, keys: bool, fused: bool = True) -> T
     acc = accumulator(x.dtype)
     root, projection = favor.root.to(acc), favor.projection.to(acc)
     mean = favor.key_mean.to(acc) if keys and favor.center_keys else None
-    if fused and x.device.type == "cpu" and native.missing() is None:
+    if fused and _has_kernel(x):
         inputs = (x, projection, root, mean)
         if tracked(*inputs):
             return _Features.apply(*inputs, favor.kind, keys)
