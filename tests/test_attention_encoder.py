@@ -1,6 +1,7 @@
 """nn.MultiheadAttention within what torch builds around it: encoders, decoders, nested tensors, torch.compile."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import pickle
@@ -10,9 +11,12 @@ import pytest
 import torch
 from _attention import MECHANISMS, E, build, draw, gradients
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import longattn
 from longattn.nn import MultiheadAttention
+from longattn.nn.draws import Draws
+from longattn.testing.assertions import assert_same_bits
 
 # the reference is chosen where nothing was compiled, and says so
 pytestmark = pytest.mark.filterwarnings("ignore:linear_attention. only the dense reference")
@@ -166,13 +170,48 @@ def test_nested_tensor_is_refused_where_it_would_lose_something(layout):
             call()
 
 
-# compile
+# compile, export, checkpoint
+
+LENGTHS = (5, 70, 17, 33, 39, 40, 41, 100, 64, 128, 63, 3, 2, 200, 257, 300, 512, 1030, 777, 1100)
 
 
 # torch deprecates parts of itself that its tracing uses
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("name", "need_weights"), [("exact", False), ("exact", True), ("linear", False)])
-def test_one_compiled_graph_serves_all_lengths(name, need_weights):
+@pytest.mark.parametrize("name", [name for name in MECHANISMS if name != "relu"])
+def test_a_compiled_encoder_has_few_graphs_for_many_lengths(name):
+    layer, mechanism = nn.TransformerEncoderLayer(E, 2, 16, dropout=0.1, batch_first=True), redrawn(MECHANISMS[name])
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    longattn.replace_attention(encoder, mechanism, report=False)
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend=backend)
+    for L in LENGTHS:
+        x, padding = draw(2, L, E, seed=L, dtype=torch.float32), torch.arange(L) >= torch.tensor([[L], [(L + 1) // 2]])
+        results = []
+        for run in (encoder, compiled):
+            torch.manual_seed(L)
+            results.append(run(x, src_key_padding_mask=padding)[~padding])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        results[1].sum().backward()
+        with torch.no_grad():
+            encoder.layers[0].self_attn.out_proj.weight.mul_(1)
+    assert len(graphs) <= 3
+    steps = [int(module.step) for module in encoder.modules() if isinstance(module, Draws)]
+    assert steps == ([len(LENGTHS)] if name == "lsh" else [])
+
+
+def redrawn(mechanism):
+    return dataclasses.replace(mechanism, resample="step") if isinstance(mechanism, longattn.LSH) else mechanism
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "need_weights"), [("exact", True), ("linear", False)])
+def test_gradients_of_a_compiled_module_are_those_of_the_module(name, need_weights):
     module = build(MECHANISMS[name]).eval()
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -188,3 +227,39 @@ def test_one_compiled_graph_serves_all_lengths(name, need_weights):
     if name == "linear":
         with pytest.raises(RuntimeError, match="values 0 and -inf"):
             compiled(x, x, x, padding + 1, need_weights, is_causal=True)
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one argument."""
+
+    def __init__(self, mechanism, **options):
+        super().__init__()
+        self.inner = build(mechanism, **options)
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=False, is_causal=True)[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_exported_module_takes_other_lengths(mechanism):
+    module = Attention(mechanism).eval()
+    with torch.no_grad():
+        length = torch.export.Dim("length", min=8, max=4096)
+        exported = torch.export.export(module, (draw(2, 70, E),), dynamic_shapes=({1: length},)).module()
+        for L in (9, 70, 1100):
+            torch.testing.assert_close(exported(draw(2, L, E, seed=L)), module(draw(2, L, E, seed=L)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_forward_is_replayed_as_it_ran(reentrant, mechanism):
+    module, x = Attention(redrawn(mechanism), dropout=0.3), draw(2, 70, E).requires_grad_()
+    results = []
+    for run in (module, functools.partial(checkpoint, module, use_reentrant=reentrant)):
+        torch.manual_seed(0)
+        module.zero_grad()
+        output = run(x)
+        x.grad = None
+        output.square().sum().backward()
+        results.append([output, x.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert_same_bits("output and gradients", a, b)

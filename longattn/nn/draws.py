@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from ..ops import _lsh  # noqa: F401, registers the op
 
 # no sum of versions
 NEVER = -1
-# the step of a compiled graph: as many ranks of state as `Draws` has, and the parameters whose versions tell
+# a step of a compiled graph: the state that `Draws` has, and the parameters whose versions tell
 torch.library.define(
     "longattn::_observe", "(Tensor(a!) step, Tensor(b!) count, Tensor(c!) seen, Tensor[] parameters) -> ()"
 )
@@ -20,11 +22,31 @@ def _(step, count, seen, parameters):
     return None
 
 
+class _Steps:
+    """How many steps optimizers have taken in this process, from the first look on."""
+
+    count: int | None = None
+
+    @classmethod
+    def now(cls) -> int:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0
+        if cls.count is None:
+            cls.count = 0
+            importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(cls.add)
+        return cls.count
+
+    @classmethod
+    def add(cls, *_) -> None:
+        cls.count += 1
+
+
 def _observe(step: Tensor, count: Tensor, seen: Tensor, parameters: list[Tensor]) -> None:
     # inside a backward pass, so a replay
     if torch._C._current_graph_task_id() != -1:
         return
-    versions = sum(p._version for p in parameters if not p.is_inference())
+    # fully_shard gathers parameters without a change of their versions
+    versions = sum(p._version for p in parameters if not p.is_inference()) + _Steps.now()
     if versions != int(seen):
         seen.fill_(versions)
         count.add_(1)
@@ -38,10 +60,11 @@ for _device in ("cpu", "cuda"):
 class Draws(nn.Module):
     """Counts the training steps of the module it belongs to; rotations are a function of its seed and this count.
 
-    A step is over when a parameter of that module has changed, which is seen at the next forward in training, never in
-    one that runs inside a backward pass. So all forwards between two updates (accumulated batches, shared layers,
-    interleaved pipelines) and their recomputations (checkpointing, reversible blocks) meet the same rotations. A module
-    whose parameters never change keeps those of its first step.
+    A step is over when a parameter of that module has changed (in distributed training: or an optimizer of torch.optim
+    has taken a step), which is seen at the next forward in training, never in one that runs inside a backward pass. So
+    all forwards between two updates (accumulated batches, shared layers, interleaved pipelines) and their
+    recomputations (checkpointing, reversible blocks) meet the same rotations. A module whose parameters never change
+    keeps those of its first step.
 
     step: int64 buffer, saved with the module, so a resumed training goes on as the uninterrupted one would. Evaluation
     uses step 0, training 1, 2 ..
@@ -72,7 +95,9 @@ class Draws(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # a checkpoint of another attention has no steps
-        none = torch.zeros((), dtype=torch.int64, device="cpu")
-        saved = state_dict.setdefault(prefix + "step", none if self.step.is_meta else self.step)
+        saved = state_dict.get(prefix + "step")
+        if saved is None or saved.is_meta:
+            saved = torch.zeros((), dtype=torch.int64, device="cpu") if self.step.is_meta else self.step
+            state_dict[prefix + "step"] = saved
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._count, self._seen = saved.detach().to("cpu", copy=True), torch.full_like(self._count, NEVER)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import _check, _lsh_check
 from ..ops._dispatch import IMPLS, without_autocast
 from ..ops._prefix import accumulator
+from ..ops._tiles import draw_seed
 from ..ops.lsh import hash_of, prepare, run
 from ..reference import lsh as reference
 from .draws import Draws
@@ -52,8 +53,7 @@ def _options(x, draws: Draws | None, v: Tensor, dropout_p: float) -> dict:
     if x.resample == "step" and draws is not None and draws.training:
         options["step"] = draws.count
     if dropout_p > 0:
-        # torch's generator, as any dropout: what restores it for a replay restores the weights that were dropped
-        options["seed"] = int(torch.randint(2**62, (), device="cpu"))
+        options["seed"] = draw_seed()
     return options
 
 

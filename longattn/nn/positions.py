@@ -111,7 +111,7 @@ class Rotary(nn.Module):
         position = torch.arange(offset, offset + length, device=x.device, dtype=torch.float64)
         d = torch.arange(half, device=x.device, dtype=torch.float64)
         # within a turn before the rounding to float32, which far positions would not survive
-        angle = (position[:, None] * self.base ** (-d / half) % (2 * math.pi)).to(acc)         # [L, D/2]
+        angle = (position[:, None] * self.base ** (-d / half) % (2 * math.pi)).to(acc)  # [L, D/2]
         shape = [1] * (x.dim() - 1) + [half]
         shape[dim] = length
         cos, sin = angle.cos().view(shape), angle.sin().view(shape)

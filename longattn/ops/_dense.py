@@ -48,7 +48,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """-> output [B, H, L, E], weights [B, H, L, S] after dropout; both 0 for a query that sees no key.
 
-    nan_compat: there both are NaN, so are the gradients, and what padded keys hold counts if it is NaN: a plain softmax.
+    nan_compat: there both are NaN, and the gradients, and what padded keys hold counts if it is NaN: a plain softmax.
     """
     dtype, acc = q.dtype, accumulator(q.dtype)
     bias, seen = _bias(q.to(acc), k.shape[2], attn_mask, key_padding_mask, is_causal, nan_compat)

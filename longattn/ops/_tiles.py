@@ -34,7 +34,8 @@ from ._prefix import accumulator
 
 
 class Options(NamedTuple):
-    """What an engine must know beside the tensors."""
+    """What an engine must know beside the tensors. seed: the ops take a tensor in its place, as `draw`: in a graph that
+    is compiled once it is another number each time."""
 
     chunk: int
     look_back: int
@@ -46,8 +47,14 @@ class Options(NamedTuple):
     wrap: bool
     scale: float
     dropout_p: float
-    seed: int
+    seed: int | Tensor
     impl: str
+
+
+def draw_seed() -> int | Tensor:
+    """From torch's generator, as any dropout: what restores it for a replay restores the weights that were dropped."""
+    drawn = torch.randint(2**62, (), dtype=torch.int64, device="cpu")
+    return drawn if torch.compiler.is_compiling() else int(drawn)
 
 
 # an ordinary pair, only where a query has no other key, always and once
@@ -71,7 +78,7 @@ _INPUTS = (
 )
 _OPTIONS = (
     "int chunk, int look_back, int look_ahead, int window, bool is_causal, int self_rule, bool dedupe, bool wrap, "
-    "float scale, float dropout_p, int seed, str impl"
+    "float scale, float dropout_p, int seed, str impl, Tensor? draw=None"
 )
 torch.library.define("longattn::_softmax_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -101,16 +108,21 @@ def _both(*tensors):
     return (*others, rank_q, rank_k, bucket_q, bucket_k), {} if bias is None else {"bias": bias}
 
 
+def _named(tail: tuple) -> dict:
+    """Options by name, from what follows the tensors."""
+    options, draw = Options(*tail[: len(Options._fields)]), tail[len(Options._fields) :]
+    return (options if not draw or draw[0] is None else options._replace(seed=int(draw[0])))._asdict()
+
+
 def _forward(*arguments):
-    tensors, options = arguments[:INPUTS], Options(*arguments[INPUTS:])._asdict()
-    tensors, more = _both(*tensors)
+    options = _named(arguments[INPUTS:])
+    tensors, more = _both(*arguments[:INPUTS])
     return engine(options.pop("impl")).forward(*tensors, **options, **more)
 
 
 def _backward(grad_out, *arguments):
-    tensors, saved, options = arguments[:INPUTS], arguments[INPUTS : INPUTS + 2], Options(*arguments[INPUTS + 2 :])
-    options = options._asdict()
-    tensors, more = _both(*tensors)
+    saved, options = arguments[INPUTS : INPUTS + 2], _named(arguments[INPUTS + 2 :])
+    tensors, more = _both(*arguments[:INPUTS])
     return engine(options.pop("impl")).backward(grad_out, *tensors, *saved, **options, **more)
 
 
@@ -138,9 +150,12 @@ class _SoftmaxBackward(torch.autograd.Function):
 
 
 class _SoftmaxAttention(torch.autograd.Function):
+    """Of the tensors, draw and the options."""
+
     @staticmethod
     def forward(*arguments):
-        return torch.ops.longattn._softmax_forward(*arguments[:INPUTS], *arguments[INPUTS])
+        *tensors, draw, options = arguments
+        return torch.ops.longattn._softmax_forward(*tensors, *options, draw)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -152,13 +167,13 @@ class _SoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, _lse):
-        tensors = ctx.saved_tensors
+        *tensors, draw, out, lse = ctx.saved_tensors
         if grad_out is None:
-            grad_out = torch.zeros_like(tensors[INPUTS])
-        dq, dk, dv, dbias = _SoftmaxBackward.apply(grad_out, *tensors, *ctx.options)
+            grad_out = torch.zeros_like(out)
+        dq, dk, dv, dbias = _SoftmaxBackward.apply(grad_out, *tensors, out, lse, *ctx.options, draw)
         # those of rows, then nothing for what says who meets whom
         rows, bias = (dq, None if tensors[1] is None else dk, dv), tensors[INPUTS - 1]
-        return *rows, *(None,) * (INPUTS - 4), None if bias is None else dbias, None
+        return *rows, *(None,) * (INPUTS - 4), None if bias is None else dbias, None, None
 
 
 def attend(
@@ -177,6 +192,8 @@ def attend(
     # torch.compile takes no tensor twice
     rank_k, bucket_k = None if rank_k is rank_q else rank_k, None if bucket_k is bucket_q else bucket_k
     tensors = (q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k, bias)
+    draw = options.seed if isinstance(options.seed, Tensor) else None
+    options = options if draw is None else options._replace(seed=0)
     if tracked(q, k, v, bias):
-        return _SoftmaxAttention.apply(*tensors, options)[0]
-    return torch.ops.longattn._softmax_forward(*tensors, *options)[0]
+        return _SoftmaxAttention.apply(*tensors, draw, options)[0]
+    return torch.ops.longattn._softmax_forward(*tensors, *options, draw)[0]

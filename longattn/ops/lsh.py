@@ -49,7 +49,7 @@ class Call(NamedTuple):
     buckets: tuple[Tensor, Tensor | None] | None
     scale: float
     dropout_p: float
-    seed: int
+    seed: int | Tensor
     # of the rotations, where they are drawn
     hash_seed: int
     step: Tensor | None
@@ -77,7 +77,7 @@ def prepare(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     rotations: Tensor | None = None,
     buckets: Tensor | tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
@@ -92,14 +92,15 @@ def prepare(
 ) -> Call:
     """The arguments of `lsh_attention`, and what modules need for training and for foreign checkpoints.
 
-    hash_seed, step: of the rotations, where they are not those of seed. factors: of n_buckets. wrap: chunks look over
-    the edge of a round into the rounds before and after. norm_eps: of the length of shared keys,
-    sqrt(|x|^2 + norm_eps).
+    hash_seed, step: of the rotations, where they are not those of seed, which then may be a tensor. factors: of
+    n_buckets. wrap: chunks look over the edge of a round into the rounds before and after. norm_eps: of the length of
+    shared keys, sqrt(|x|^2 + norm_eps).
     """
     if attn_mask is not None:
         remedy = "pass is_causal, key_padding_mask or cu_seqlens; other masks take longattn.softmax_attention"
         _check.fail(op, f"a dense attn_mask would cost what hashing saves; {remedy}")
-    _lsh_check.options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, seed)
+    hash_seed = seed if hash_seed is None else hash_seed
+    _lsh_check.options(op, n_hashes, chunk_size, n_buckets, look_back, look_ahead, within, scale, dropout_p, hash_seed)
     _lsh_check.inputs(op, q, k, v, key_padding_mask, cu_seqlens, enable_gqa, is_causal)
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
@@ -123,7 +124,6 @@ def prepare(
         buckets = _lsh_check.buckets_given(op, buckets, q, k, rounds)
     if scale is None:
         scale = 1.0 if k is None else q.shape[3] ** -0.5
-    hash_seed = seed if hash_seed is None else hash_seed
     return Call(
         q, k, v, key_padding_mask, cu_seqlens, rounds, rotations, buckets, float(scale), float(dropout_p), seed,
         hash_seed, step, norm_eps, explanation,
@@ -269,7 +269,7 @@ def run(call: Call) -> Tensor:
         # every weight is dropped: 0, with gradient 0
         output = run(call._replace(dropout_p=0.0))
         return output.masked_fill(torch.ones((), dtype=torch.bool, device=output.device), 0)
-    seed = (seed + 2**63) % 2**64 - 2**63
+    seed = seed if isinstance(seed, Tensor) else (seed + 2**63) % 2**64 - 2**63
     if explanation.chosen == "reference":
         return _run_reference(call, seed)
     self_rule = _tiles.SELF_FALLBACK if k is None else _tiles.SELF_ALWAYS if rounds.is_causal else _tiles.SELF_ORDINARY

@@ -157,7 +157,7 @@ def _refuses(
 def _run_tiles(call: _Call) -> Tensor:
     reach = EVERY if call.window is None else -(-(call.window - 1) // CHUNK)
     size, before, after = call.chunks or (CHUNK, reach, reach)
-    seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")) if call.dropout_p > 0 else 0
+    seed = _tiles.draw_seed() if call.dropout_p > 0 else 0
     options = _tiles.Options(
         chunk=size,
         look_back=before,
