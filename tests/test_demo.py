@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from longattn._memory import PeakMemory
 from longattn.cli import _compare, _measure, _table, _text, _train, _units, demo
 from longattn.cli._attentions import Shape
 from longattn.cli._compare import BreakEven, Point
 from longattn.cli.main import main
 from longattn.models import ByteLM
-from longattn._memory import PeakMemory
 
 SAMPLE = b"Where it is a duty to worship the sun, it is pretty sure to be a crime to examine the laws of heat. " * 30
 
