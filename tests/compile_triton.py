@@ -13,7 +13,7 @@ os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 import torch
 import triton
-from longattn.kernels import favor, linear, lsh, reversible, softmax, toeplitz
+from longattn.kernels import favor, features, linear, lsh, reversible, softmax, toeplitz
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -128,6 +128,14 @@ def toeplitz_forward_and_backward(dtype: torch.dtype, M: int, E: int, causal: bo
     toeplitz.backward(out, None, q, k, v, c, mask, None, out, z, **options)
 
 
+def features_forward_and_backward(dtype: torch.dtype, D: int, P: int) -> None:
+    for kind, logs in (("positive", False), ("hyperbolic", True)):
+        x, projection, mean = torch.zeros(1, 2, 100, D, dtype=dtype), torch.zeros(P, D), torch.zeros(2, D)
+        tensors = (x, projection, torch.ones(()), mean if logs else None)
+        phi = features.forward(*tensors, kind=kind, logs=logs)
+        features.backward(phi, phi, *tensors, kind=kind, logs=logs)
+
+
 def sums_of_streams(dtype: torch.dtype) -> None:
     for grid in (0.0, 2.0**-13):
         for subtract in (False, True):
@@ -147,6 +155,9 @@ if __name__ == "__main__":
             continue
         if state == "toeplitz":
             toeplitz_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal")
+            continue
+        if state == "features":
+            features_forward_and_backward(getattr(torch, name), int(D), int(E))
             continue
         if state == "reversible":
             sums_of_streams(getattr(torch, name))

@@ -42,6 +42,10 @@ SOFTMAX_CASES = {
     ),
     100: ("bfloat16,64,64,causal,shared",),
 }
+# relative positions
+TOEPLITZ_CASES = {
+    80: ("bfloat16,64,64,causal,toeplitz", "float32,64,64,whole,toeplitz"),
+}
 
 
 def compile_cases(capability: int, cases: tuple[str, ...]) -> str:
@@ -70,6 +74,14 @@ def test_favor_kernels_compile_without_spills(capability):
 def test_tile_attention_compiles_without_spills(capability):
     compiled = compile_cases(capability, SOFTMAX_CASES[capability])
     for kernel in ("flags_kernel", "forward_kernel", "delta_kernel", "gradient_kernel", "hash_kernel"):
+        assert kernel in compiled
+
+
+@pytest.mark.parametrize("capability", TOEPLITZ_CASES)
+def test_relative_positions_compile_without_spills(capability):
+    compiled = compile_cases(capability, TOEPLITZ_CASES[capability])
+    kernels = ["totals_kernel", "scan_kernel", "gradients_kernel", "factors_kernel"]
+    for kernel in kernels + [f"sweep_kernel {kind}" for kind in ("out", "dq", "dk", "dv")]:
         assert kernel in compiled
 
 

@@ -239,6 +239,35 @@ def test_what_is_measured_of_the_tile_engine_runs(gpu):
         assert 0 < gpu._gpu_lsh.floor(case, H200) < 1e-5
 
 
+@pytest.mark.skipif(native.missing() is not None, reason="the engine measured in place of a GPU's is not built")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_is_measured_of_relative_positions_runs(gpu):
+    relative = gpu._gpu_toeplitz
+    assert relative.check("cpu", "cpu", 150) is None
+    own = [(relative.NAME, case) for case in relative.cases(60, 2, impl="cpu", dtype="float32")]
+    # an eager flex_attention has no gradient of its bias
+    for name, case in own + relative.opponents(60, 2, dtype="float32")[:3]:
+        found = relative.build(name, case, "cpu")()
+        assert case.direction == "forward" or len(found) == 5
+        assert 0 < relative.floor(case, H200) < 1e-5
+
+
+def test_ways_of_relative_positions_cross_between_the_lengths_measured(gpu):
+    def rows(name, direction, times, **options):
+        case = gpu._gpu_toeplitz.Case(0, H=16, dtype="bfloat16", direction=direction, **options)
+        return [{"contender": name, **case._replace(n=n)._asdict(), "median_ms": ms} for n, ms in times.items()]
+
+    ours = gpu._gpu_toeplitz.NAME
+    measured = rows(ours, "forward", {1024: 1.0, 4096: 16.0, 16384: 256.0}, method="tiles")
+    measured += rows(ours, "forward", {1024: 2.0, 4096: 8.0, 16384: 32.0}, method="fft")
+    measured += rows(gpu.FLASH, "forward", {1024: 0.5, 4096: 8.0}, method="tiles")
+    found = {(x["faster"], x["than"]): x["from_n"] for x in gpu._gpu_toeplitz.crossovers(measured)}
+    # half as fast and twice as fast a factor of 4 apart: in the middle of the two
+    assert found["rpe fft M=64", "rpe tiles M=64"] == 2048
+    assert found["rpe tiles M=64", gpu.FLASH] is None
+    assert found["rpe fft M=64", gpu.FLASH] == 4096
+
+
 def test_time_of_exact_attention_is_predicted_by_the_square_of_the_length(gpu):
     measurement = gpu.Measurement({}, deadline=0.0)
     case = gpu.Case(1 << 20, H=16, dtype="bfloat16")

@@ -352,3 +352,30 @@ def test_a_refused_replacement_changes_nothing():
     with pytest.raises(ValueError, match="on the device of the weights"):
         replace_attention(model, Favor(4, device="meta"))
     assert facts(model) == before
+
+
+# adapters
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mechanism", ["exact", "linear", "lsh"])
+def test_lora_adapters_of_peft_take_part(mechanism):
+    peft = pytest.importorskip("peft")
+    layer = nn.TransformerEncoderLayer(E, 4, 16, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2), draw(2, 9, E, dtype=torch.float32)
+    replace_attention(model, mechanism, report=False)
+    before = model.eval()(x)
+    config = peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        fast = adapted.eval()(x)
+    slow = adapted(x)
+    torch.testing.assert_close(fast, slow)
+    assert not torch.allclose(slow, before, atol=1e-3)
+    slow.square().sum().backward()
+    trained = [p.grad for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 8
+    assert all(grad.abs().max() > 0 for grad in trained)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(x), slow, rtol=1e-4, atol=1e-4)
+    assert all(isinstance(module, MultiheadAttention) for module in attentions(merged))

@@ -62,11 +62,11 @@ class Tiles(NamedTuple):
 # factors must agree on rows: they cut the same tiles into near and far. Chosen for registers, not yet by time
 TILES = (
     ("bf16", "", 64, Tiles(64, 32, 64, 64, 4, 2)),
-    ("bf16", "", 128, Tiles(64, 32, 128, 128, 4, 1)),
-    ("bf16", "", 256, Tiles(64, 32, 64, 64, 4, 1)),
-    ("tf32", "", 64, Tiles(64, 32, 64, 64, 4, 1)),
-    ("tf32", "", 256, Tiles(64, 32, 32, 64, 8, 1)),
-    ("ieee", "", 64, Tiles(32, 16, 16, 32, 4, 1)),
+    ("bf16", "", 128, Tiles(64, 32, 64, 64, 4, 1)),
+    ("bf16", "", 256, Tiles(32, 32, 64, 64, 4, 1)),
+    ("tf32", "", 64, Tiles(64, 32, 32, 64, 4, 1)),
+    ("tf32", "", 256, Tiles(32, 32, 32, 64, 4, 1)),
+    ("ieee", "", 64, Tiles(32, 16, 16, 32, 8, 1)),
     ("ieee", "", 256, Tiles(32, 16, 16, 16, 8, 1)),
 )
 
