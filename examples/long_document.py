@@ -1,6 +1,6 @@
 """A classifier of long documents: two marks, anywhere in them, decide.
 
-    python examples/long_document.py [--length 2048] [--steps 90]
+    python examples/long_document.py [--length 2048] [--steps 100]
 
 A document is a row of random letters with two digits in it, and the question is whether the digits are the same. They
 may be thousands of tokens apart, so each has to find the other: equal tokens have equal hashes, and LSH attention looks
@@ -61,19 +61,21 @@ def accuracy(model: Classifier, tokens: Tensor, same: Tensor) -> float:
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     model, start = Classifier(), time.perf_counter()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(model.parameters())
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=args.steps)
     for step in range(1, args.steps + 1):
         tokens, same = documents(args.batch, args.length, seed=step)
         loss = F.binary_cross_entropy_with_logits(model.train()(tokens), same.float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        rate.step()
         if step % 10 == 0:
             print(f"step {step:>4}  {time.perf_counter() - start:5.1f} s  loss {loss.item():.3f}")
     right = accuracy(model, *documents(128, args.length, seed=0))
