@@ -157,7 +157,8 @@ class _Call:
             self.offset, self.center, mean = self.empty(self.H, self.size), self.empty(self.H, self.DP), mean.contiguous()
         split_kernel[(self.size // SPLIT_BLOCK * (1 if mean is None else self.H),)](
             projection.contiguous(), mean, root, self.hi, self.lo, self.offset, self.center, self.P, self.D, self.size,
-            DP=self.DP, BLOCK=SPLIT_BLOCK, HAS_MEAN=mean is not None, DOT=self.dot, EMULATE=EMULATE, num_warps=4)
+            DP=self.DP, BLOCK=SPLIT_BLOCK, HAS_MEAN=mean is not None, DOT=self.dot, EMULATE=EMULATE, num_warps=4,
+            enable_fp_fusion=True)
         self.part = min(self.tiles.part, padded(self.P))
         self.chunks = self.B * self.H * triton.cdiv(self.n, self.tiles.rows)
         self.options = {"D": self.D, "DP": self.DP, "C": self.tiles.rows, "BP": self.part, "KIND": kind,
