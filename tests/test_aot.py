@@ -42,9 +42,11 @@ SOFTMAX_CASES = {
     ),
     100: ("bfloat16,64,64,causal,shared",),
 }
-# relative positions
+# relative positions, and features of their own
 TOEPLITZ_CASES = {
-    80: ("bfloat16,64,64,causal,toeplitz", "float32,64,64,whole,toeplitz"),
+    80: ("bfloat16,64,64,causal,toeplitz", "float32,64,64,causal,features"),
+    90: ("bfloat16,64,64,causal,toeplitz", "float32,64,64,whole,toeplitz", "bfloat16,64,64,causal,features"),
+    100: ("bfloat16,64,64,causal,toeplitz", "bfloat16,64,64,causal,features"),
 }
 
 
@@ -81,6 +83,7 @@ def test_tile_attention_compiles_without_spills(capability):
 def test_relative_positions_compile_without_spills(capability):
     compiled = compile_cases(capability, TOEPLITZ_CASES[capability])
     kernels = ["totals_kernel", "scan_kernel", "gradients_kernel", "factors_kernel"]
+    kernels += ["split_kernel", "rows_kernel", "features_kernel", "gradient_kernel"]
     for kernel in kernels + [f"sweep_kernel {kind}" for kind in ("out", "dq", "dk", "dv")]:
         assert kernel in compiled
 

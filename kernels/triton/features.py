@@ -38,9 +38,10 @@ class Tiles(NamedTuple):
 
 # how tl.dot multiplies, head_dim up to -> tiles; the first that fits is taken. Chosen for registers, not yet by time
 TILES = (
-    ("bf16", 128, Tiles(32, 32, 32, 4)),
+    ("bf16", 128, Tiles(32, 32, 16, 8)),
     ("tf32", 128, Tiles(32, 32, 32, 4)),
-    ("ieee", 128, Tiles(32, 16, 16, 4)),
+    ("ieee", 64, Tiles(32, 16, 32, 4)),
+    ("ieee", 128, Tiles(16, 16, 16, 4)),
     ("", 256, Tiles(16, 16, 32, 8)),
 )
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import triton
 
 from .linear import SCAN_BLOCK, scan_kernel, totals_kernel
-from .linear import TILES as TOTALS_TILES
+from .linear import TILES as LINEAR_TILES
 from .softmax import guard
 from .tiles import EMULATE, Rows, padded, rows_of
 from .toeplitz_sweep import factors_kernel, gradients_kernel, sweep_kernel
@@ -63,12 +63,14 @@ class Tiles(NamedTuple):
 TILES = (
     ("bf16", "", 64, Tiles(64, 32, 64, 64, 4, 2)),
     ("bf16", "", 128, Tiles(64, 32, 64, 64, 4, 1)),
-    ("bf16", "", 256, Tiles(32, 32, 64, 64, 4, 1)),
+    ("bf16", "", 256, Tiles(32, 32, 64, 64, 8, 1)),
     ("tf32", "", 64, Tiles(64, 32, 32, 64, 4, 1)),
-    ("tf32", "", 256, Tiles(32, 32, 32, 64, 4, 1)),
+    ("tf32", "", 256, Tiles(32, 16, 32, 64, 8, 1)),
     ("ieee", "", 64, Tiles(32, 16, 16, 32, 8, 1)),
-    ("ieee", "", 256, Tiles(32, 16, 16, 16, 8, 1)),
+    ("ieee", "", 256, Tiles(16, 16, 16, 32, 4, 1)),
 )
+# with four warps rows read as they are, not through a map, spill on sm_100
+TOTALS_TILES = LINEAR_TILES | {("bf16", 64): LINEAR_TILES["bf16", 64]._replace(warps=8, stages=2)}
 
 
 def refuses(n_features: int, value_dim: int) -> str | None:

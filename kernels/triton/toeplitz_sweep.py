@@ -102,7 +102,8 @@ def _factors(c, i, j, lead, reach, QUERIES: tl.constexpr):
 def _dots(held, a_ptr, a, rows, live, b_ptr, b, b_rows, b_live, acc, WIDTH: tl.constexpr, BW: tl.constexpr,
           DOT: tl.constexpr, EMULATE: tl.constexpr):
     """acc + a.b of rows and sources; held: the rows of a, where they are one block wide."""
-    for block in tl.static_range((WIDTH + BW - 1) // BW):
+    # a loop at run time: unrolled, the loads of all blocks would come first and wait in registers
+    for block in range((WIDTH + BW - 1) // BW):
         cols = block * BW + tl.arange(0, BW)
         if WIDTH <= BW:
             left = held
@@ -162,7 +163,7 @@ def _read(total, norm, held, a_ptr, a, e_ptr, e, down, rows, live, state, sums, 
     for block in tl.static_range((OUTER + BO - 1) // BO):
         cols = block * BO + tl.arange(0, BO)
         far = tl.zeros([rows.shape[0], BO], tl.float32)
-        for part in tl.static_range((INNER + BI - 1) // BI):
+        for part in range((INNER + BI - 1) // BI):
             inner = part * BI + tl.arange(0, BI)
             if INNER <= BI:
                 left = held
