@@ -95,7 +95,8 @@ def favor_forward_and_backward(
 
 
 def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: bool, kind: str) -> None:
-    """kind: "shared" or "separate" LSH of two rounds, "dense", or "local"."""
+    """kind: "shared" or "separate" LSH of two rounds, "dense", "local", or one of these with a "biased" before it."""
+    kind, bias = kind.removeprefix("biased "), kind.startswith("biased ")
     B, H, L, R, chunk = 1, 2, 300, 4, 64
     q, k, v = (torch.zeros(B, h, L, d, dtype=dtype) for h, d in ((H if kind == "shared" else 2 * H, D), (H, D), (H, E)))
     key_scale, tables = None, (None,) * 6
@@ -112,6 +113,8 @@ def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: boo
         k, key_scale, tables = None, torch.zeros(B, H, L), (of_q, None, of_q, None, None, None)
         options["self_rule"] = 1
         lsh.hash(q, None, torch.zeros(H, R, D, 24), (16, 32))
+    if bias:
+        options["bias"] = torch.zeros(2 * H, 2 * 40 + 1)
     tensors = (q, k, v, None, None, key_scale, *tables)
     out, lse = softmax.forward(*tensors, **options)
     softmax.backward(out, *tensors, out, lse, **options)
@@ -150,7 +153,7 @@ if __name__ == "__main__":
     for case in sys.argv[2:]:
         name, D, E, causal, state, *of_favor = case.split(",")
         print(f"-- {case}", flush=True)
-        if state in ("shared", "separate", "dense", "local"):
+        if state.removeprefix("biased ") in ("shared", "separate", "dense", "local"):
             softmax_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", state)
             continue
         if state == "toeplitz":

@@ -4,6 +4,7 @@
     forward    a launch a round, on top of a running (o, m, l)                    softmax_forward.py
     delta      sum_e out dO
     gradient   dq of every query tile, then dk and dv of every key tile, likewise  softmax_backward.py
+    bias       the gradient of a bias by offset                                    softmax_bias.py
 
 A round visits a position once, so its rows have one owner: no atomics, the same bits on every run. Rows are gathered where
 they lie; unit keys are columns of the scores times key_scale. Sums are float32; what tl.dot multiplies is bfloat16 for
@@ -22,7 +23,9 @@ from torch import Tensor
 
 import triton
 
+from .diagonals import fold, walk_of
 from .softmax_backward import delta_kernel, gradient_kernel
+from .softmax_bias import bias_kernel
 from .softmax_forward import forward_kernel
 from .softmax_tiles import BAD, Side, flags_kernel
 from .tiles import EMULATE, padded, rows_of
@@ -49,6 +52,7 @@ TILES = (
     ("bf16", "forward", 64, Tiles(64, 64, 64, 64, 8, 1)),
     ("bf16", "forward", 128, Tiles(64, 64, 128, 128, 8, 1)),
     ("bf16", "forward", 256, Tiles(64, 32, 128, 256, 8, 1)),
+    ("bf16", "bias", 64, Tiles(64, 64, 64, 64, 8, 1)),
     ("bf16", "", 64, Tiles(64, 32, 64, 64, 8, 1)),
     ("bf16", "", 128, Tiles(32, 32, 128, 128, 8, 1)),
     ("bf16", "", 256, Tiles(32, 32, 64, 64, 8, 1)),
@@ -96,7 +100,7 @@ class _Call:
                  key_scale: Tensor | None, order_q: Tensor | None, order_k: Tensor | None, rank_q: Tensor | None,
                  rank_k: Tensor | None, bucket_q: Tensor | None, bucket_k: Tensor | None, *, chunk: int, look_back: int,
                  look_ahead: int, window: int, is_causal: bool, self_rule: int, dedupe: bool, wrap: bool, scale: float,
-                 dropout_p: float, seed: int) -> None:
+                 dropout_p: float, seed: int, bias: Tensor | None = None) -> None:
         self.B, self.Hq, self.L, self.D = q.shape
         self.H, self.S, self.E = v.shape[1:]
         self.q, self.k, self.v, self.key_scale = q, q if k is None else k, v, key_scale
@@ -123,6 +127,13 @@ class _Call:
         # the kernels count positions in 32 bits
         self.apart = min(window, 2**31 - 1)
         self.causal, self.dedupe = is_causal, dedupe and self.R > 1
+        if bias is not None and (not self.identity or self.shared or self_rule or wrap):
+            raise ValueError("tile attention in Triton takes a bias with keys of their own, as they stand, and no self_rule")
+        self.bias, self.furthest = bias, 0 if bias is None else bias.shape[1] // 2
+        if bias is not None and bias.stride(1) != 1:
+            self.bias = bias.contiguous()
+        # the table, from row to row, and its reach
+        self.table = (self.bias, 0 if bias is None else self.bias.stride(0), self.furthest)
         self.dropout_p = dropout_p
         gain = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         self.random = (_signed(seed), _signed(seed >> 32), _signed(min(math.floor(dropout_p * 2**32), 2**32 - 1)), gain)
@@ -188,10 +199,14 @@ class _Call:
         return most, 0 if self.causal else most, 0
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
+        return self.common(tiles) | {
+            "BM": tiles.own, "BN": tiles.other, "IDENTITY": self.identity, "CENTRED": self.centred,
+            "SCALED": self.key_scale is not None, "SELF": self.self_rule, "BEFORE": self.R - 1 if self.dedupe else 0,
+            "BUCKETS": self.bucket_q is not None, "WRAP": self.wrap, "BIAS": self.bias is not None}
+
+    def common(self, tiles: Tiles) -> dict[str, Any]:
         return {"D": self.D, "BD": min(tiles.inner, padded(self.D)), "E": self.E, "BE": min(tiles.outer, padded(self.E)),
-                "BM": tiles.own, "BN": tiles.other, "IDENTITY": self.identity, "CENTRED": self.centred, "PACKED": self.packed,
-                "SCALED": self.key_scale is not None, "CAUSAL": self.causal, "NEAR": self.near, "SELF": self.self_rule,
-                "BEFORE": self.R - 1 if self.dedupe else 0, "BUCKETS": self.bucket_q is not None, "WRAP": self.wrap, "DROPOUT": self.dropout_p > 0, "DOT": self.dot,
+                "PACKED": self.packed, "CAUSAL": self.causal, "NEAR": self.near, "DROPOUT": self.dropout_p > 0, "DOT": self.dot,
                 "EMULATE": EMULATE, "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
 
     def floats(self, *shape: int) -> Tensor:
@@ -204,7 +219,7 @@ class _Call:
         sums = (self.floats(*lead, self.E), self.floats(*lead), self.floats(*lead)) if self.R > 1 else (lse,) * 3
         for r in range(self.R):
             forward_kernel[(self.B * self.Hq * slots * per_chunk,)](
-                self.queries, self.keys, self.cu, self.bad, *sums, out, lse, slots, per_chunk, k_slots, self.sequences, chunk,
+                self.queries, self.keys, self.cu, self.bad, *self.table, *sums, out, lse, slots, per_chunk, k_slots, self.sequences, chunk,
                 r, self.R, *self.limits(chunk), self.scale, *self.random, LAST=r == self.R - 1, **self.options(tiles))
 
     def centres(self, chunk: int, slots: int, k_slots: int) -> tuple[Tensor, Tensor]:
@@ -228,20 +243,49 @@ class _Call:
         wanted = torch.arange(self.R * k_slots + 1, device=self.device).expand(*ordered.shape[:2], -1)
         return entries, torch.searchsorted(ordered, wanted.contiguous())
 
-    def gradients(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Shared, dq is the whole gradient of the rows: what they get as queries, then as keys."""
+    def gradients(self, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+        """Shared, dq is the whole gradient of the rows: what they get as queries, then as keys. -> dbias"""
         more = self.R > 1
         x_sum = self.floats(*dq.shape) if more or self.shared else self.bad
         seen = self.bad
         if self.self_rule == 1:
             seen = torch.empty(self.B, self.Hq, self.L, dtype=torch.uint8, device=self.device)
-        self.walk(True, seen, (self.bad, self.bad), x_sum, self.bad, dq, self.bad)
+        far = self.bad if self.bias is None else self.floats(self.B, self.Hq, self.L, 2)
+        self.walk(True, seen, (self.bad, self.bad), x_sum, self.bad, dq, self.bad, far)
         if not self.shared:
             x_sum = self.floats(*dk.shape) if more else self.bad
-        self.walk(False, seen, None, x_sum, self.floats(*dv.shape) if more else self.bad, dq if self.shared else dk, dv)
+        self.walk(False, seen, None, x_sum, self.floats(*dv.shape) if more else self.bad, dq if self.shared else dk, dv, self.bad)
+        return dq.new_empty(0) if self.bias is None else self.bias_gradient(far)
+
+    def bias_gradient(self, far: Tensor) -> Tensor:
+        """From the sums over offsets at the ends and beyond, [B, Hq, L, 2]."""
+        tiles = self.tiles("bias")
+        W = min(tiles.own, tiles.other)
+        # offsets before the ends that any pair has
+        nearest = self.furthest - 1
+        if self.near:
+            nearest = min(nearest, self.apart - 1)
+        low, high = -min(nearest, self.L - 1), 0 if self.causal else min(nearest, self.S - 1)
+        if not self.dense:
+            low, high = max(low, 1 - (self.look_back + 1) * self.chunk), min(high, (self.look_ahead + 1) * self.chunk - 1)
+        least, most = -((-low - 1) // W) - 1, (high + W - 1) // W
+        apart, slots = most - least + 1, self.L // W + self.sequences if self.packed else triton.cdiv(self.L, W)
+        walk, walks = walk_of(slots, apart)
+        dbias, programs = self.floats(self.Hq, 2 * self.furthest + 1).zero_(), self.B * self.Hq * walks * apart
+        if self.furthest and programs:
+            sums = self.floats(self.B, self.Hq, walks, apart, 2 * W)
+            bias_kernel[(programs,)](
+                self.queries, self.keys, self.cu, self.bad, *self.table, sums, slots, self.sequences, self.chunk, self.look_back,
+                self.look_ahead, self.apart, self.scale, *self.random, walk, walks, least, most, W=W, CHUNKED=not self.dense,
+                **self.common(tiles))
+            dbias = fold(sums.sum((0, 2)), (least - 1) * W, self.furthest)
+        ends = far.sum((0, 2))                                                  # [Hq, 2]
+        dbias[:, 0] += ends[:, 0]
+        dbias[:, -1] += ends[:, 1]
+        return dbias
 
     def walk(self, queries: bool, seen: Tensor, met: tuple[Tensor, Tensor] | None, x_sum: Tensor, y_sum: Tensor, dx: Tensor,
-             dy: Tensor) -> None:
+             dy: Tensor, far: Tensor) -> None:
         """Every round of one owner."""
         tiles = self.tiles("queries" if queries else "keys")
         chunk, per_chunk, *slots = self.cut(tiles)
@@ -255,7 +299,7 @@ class _Call:
             last = r == self.R - 1
             begun = r > 0 or (self.shared and not queries)
             gradient_kernel[(programs,)](
-                *sides, self.cu, self.bad, seen, *met, x_sum, y_sum, dx, dy, slots[0], per_chunk, slots[1], self.sequences,
+                *sides, self.cu, self.bad, *self.table, far, seen, *met, x_sum, y_sum, dx, dy, slots[0], per_chunk, slots[1], self.sequences,
                 chunk, r, self.R, int(begun), *self.limits(chunk), self.scale, *self.random, QUERIES=queries, LAST=last,
                 FINAL=last and not (self.shared and queries), **self.options(tiles))
 
@@ -278,7 +322,7 @@ def forward(
     """-> out [B, Hq, L, E], lse [B, Hq, L]
 
     Options: chunk, look_back, look_ahead, window (0: any distance), is_causal, self_rule (0 ordinary, 1 fallback, 2 always and
-    once), dedupe, wrap, scale, dropout_p, seed.
+    once), dedupe, wrap, scale, dropout_p, seed, bias [Hq, 2K+1] float32.
     """
     call = _Call(q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k, **options)
     out = torch.empty(call.B, call.Hq, call.L, call.E, dtype=q.dtype, device=q.device)
@@ -310,15 +354,16 @@ def backward(
     lse: Tensor,                               # [B, Hq, L]
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq [B, Hq, L, D], dk [B, H, S, D] (empty when k is None: dq is the gradient of both), dv [B, H, S, E], empty (the
-    gradient of a bias, which these kernels do not take)"""
+    """-> dq [B, Hq, L, D], dk [B, H, S, D] (empty when k is None: dq is the gradient of both), dv [B, H, S, E], dbias
+    [Hq, 2K+1] (empty without a bias)"""
     call = _Call(q, k, v, mask, cu_seqlens, key_scale, order_q, order_k, rank_q, rank_k, bucket_q, bucket_k, **options)
     dq, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, v))
     dk = dq.new_empty(0) if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dbias = dq.new_empty(0) if call.bias is None else call.floats(*call.bias.shape).zero_()
     if not call.S or not call.L:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dq.new_empty(0)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     if call.B * call.H:
         with guard(q.device):
             call.prepare(grad_out, out.contiguous(), lse.contiguous())
-            call.gradients(dq, dk, dv)
-    return dq, dk, dv, dq.new_empty(0)
+            dbias = call.gradients(dq, dk, dv)
+    return dq, dk, dv, dbias

@@ -15,6 +15,7 @@ from .softmax_tiles import (
     DEAD_FLAG,
     STAINED_FLAG,
     allowed,
+    biased,
     dropout_head,
     drops,
     exact_rows,
@@ -45,20 +46,22 @@ def delta_kernel(out, grad, gb, gh, gl, gd, delta, flags, heads, N, E: tl.conste
 
 
 @triton.jit
-def _log_sum(ptr, at, inside):
+def log_sum(ptr, at, inside):
     """lse of queries; +inf, whose weights are 0, where there is no query or it has no key."""
     lse = tl.load(ptr + at, mask=inside, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
-def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, own, begin, end, order, tables, r, r_b, L, S,
-          limits, bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr,
-          SCALED: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr,
-          DROPOUT: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
-    """A tile of the own side a meets the rows of the other side b at places [begin, begin + BN) before end.
+def weigh(some, held, held_y, a, b, at, i, live, y_live, known, own, begin, end, order, tables, r, r_b, L, S, limits, bias, bad,
+          scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+          BN: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr, SCALED: tl.constexpr,
+          CAUSAL: tl.constexpr, NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr,
+          BIAS: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
+    """Weights and ds of a tile of the own side a and the rows of the other side b at places [begin, begin + BN) before end.
 
     own: lse and delta, or the factor of the scores of each key. known: own rows that are there.
+    -> the rows' positions, which of them and of their y are sound and which y are not, factors of the keys, some, w, ds
     """
     PARTS: tl.constexpr = (D + BD - 1) // BD
     BLOCKS: tl.constexpr = (E + BE - 1) // BE
@@ -78,17 +81,22 @@ def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, ow
         else:
             left = rows(a.x, x_at, a.xl, a.xd, i, live, cols, D, DOT, EMULATE)
         s = product(left, tl.trans(rows(b.x, bx_at, b.xl, b.xd, j, b_live, cols, D, DOT, EMULATE)), s, DOT, EMULATE)
+    column = tl.where(b_live, scale, 0.0)
     if QUERIES:
-        column = tl.where(b_live, scale, 0.0)
         if SCALED:
             column = column * tl.load(b.scale + b_row + j, mask=b_live, other=0.0)
         offset = tl.where(b_live, 0.0, tl.where(flag == BAD_FLAG, float("nan"), float("-inf")))
-        p = tl.exp(s * column[None, :] + offset[None, :] - own[0][:, None])
+        s = s * column[None, :] + offset[None, :] - own[0][:, None]
+        if BIAS:
+            s = biased(s, i, j, bias, True)
         delta = own[1][:, None]
     else:
-        lse = _log_sum(b.scale, b_row + j, flag != DEAD_FLAG)
-        p = tl.exp(s * own[0][:, None] - lse[None, :])
+        lse = log_sum(b.scale, b_row + j, flag != DEAD_FLAG)
+        s = s * own[0][:, None] - lse[None, :]
+        if BIAS:
+            s = biased(s, j, i, bias, False)
         delta = tl.load(b.delta + b_row + j, mask=inside, other=0.0)[None, :]
+    p = tl.exp(s)
     if MASKED:
         seen = known[:, None] & (flag != DEAD_FLAG)[None, :]
         ok = allowed(i if QUERIES else j, j if QUERIES else i, seen, tables, L, S, r if QUERIES else r_b,
@@ -115,6 +123,27 @@ def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, ow
     ds = p * (dp - delta)
     if bad != 0:
         ds = tl.where(p == 0.0, 0.0, ds)
+    return j, b_live, by_live, b_bad, column, some, w, ds
+
+
+@triton.jit
+def _meet(x_sum, y_sum, ends, some, held, held_y, a, b, at, i, live, y_live, known, own, begin, end, order, tables, r, r_b, L,
+          S, limits, bias, bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
+          BE: tl.constexpr, BN: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr,
+          SCALED: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr,
+          BUCKETS: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
+    """Adds what a tile of the own side gets from those rows."""
+    PARTS: tl.constexpr = (D + BD - 1) // BD
+    BLOCKS: tl.constexpr = (E + BE - 1) // BE
+    _x_at, _y_at, bx_at, by_at, _b_row = at
+    j, b_live, by_live, b_bad, column, some, w, ds = weigh(
+        some, held, held_y, a, b, at, i, live, y_live, known, own, begin, end, order, tables, r, r_b, L, S, limits, bias, bad,
+        scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES, MASKED, IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS,
+        BIAS, DROPOUT, DOT, EMULATE)
+    if QUERIES and BIAS:
+        t = j[None, :] - i[:, None]
+        ends = (ends[0] + tl.sum(tl.where(t <= -bias[1], ds, 0.0), 1),
+                ends[1] + tl.sum(tl.where(t >= tl.maximum(bias[1], 1), ds, 0.0), 1))
     if not QUERIES:
         if bad != 0:
             w = tl.where((w != 0.0) & b_bad[None, :], float("nan"), w)
@@ -131,24 +160,25 @@ def _meet(x_sum, y_sum, some, held, held_y, a, b, at, i, live, y_live, known, ow
     for part in tl.static_range(PARTS):
         right = rows(b.x, bx_at, b.xl, b.xd, j, b_live, part * BD + tl.arange(0, BD), D, DOT, EMULATE)
         moved = moved + (product(ds, right, x_sum[part], DOT, EMULATE),)
-    return moved, y_sum, some
+    return moved, y_sum, ends, some
 
 
 @triton.jit(do_not_specialize=["slots", "tiles", "b_slots", "sequences", "r", "R", "begun", "look_back", "look_ahead", "window",
-                               "scale", "seed_low", "seed_high", "threshold", "gain"])
-def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, slots, tiles, b_slots, sequences, chunk, r,
-                    R, begun, look_back, look_ahead, window, scale, seed_low, seed_high, threshold, gain,
+                               "scale", "seed_low", "seed_high", "threshold", "gain", "table_row", "furthest"])
+def gradient_kernel(a, b, cu, bad, table, table_row, furthest, far, seen, entries, bounds, x_sum, y_sum, dx, dy, slots, tiles,
+                    b_slots, sequences, chunk, r, R, begun, look_back, look_ahead, window, scale, seed_low, seed_high, threshold, gain,
                     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                     QUERIES: tl.constexpr, IDENTITY: tl.constexpr, CENTRED: tl.constexpr, PACKED: tl.constexpr,
                     SCALED: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr,
-                    BUCKETS: tl.constexpr, WRAP: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr,
-                    FINAL: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
+                    BUCKETS: tl.constexpr, WRAP: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+                    LAST: tl.constexpr, FINAL: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
     """Round r of dq (QUERIES; a is q, dO) or of dk and dv (a is k, v), [B, heads, N, dim].
 
     x_sum, y_sum: what came before (if begun, dv: if r > 0), and what comes out unless FINAL (dv: LAST), which is dx, dy. LAST is
     the last round: it adds the pairs (i, i) that the tiles leave out. seen: whether a query has another key. Of separate
     keys, entries are the chunks of queries ordered by the key chunk they are centred on, bounds where each begins.
-    SCALED, dx is the gradient of rows whose unit vectors are the keys.
+    SCALED, dx is the gradient of rows whose unit vectors are the keys. BIAS: table [Hq, 2 furthest + 1], rows table_row apart;
+    of QUERIES, far [B, Hq, L, 2] are sums of ds over offsets of -furthest and below, and of furthest (but 0) and above.
     """
     PARTS: tl.constexpr = (D + BD - 1) // BD
     BLOCKS: tl.constexpr = (E + BE - 1) // BE
@@ -190,7 +220,7 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
         if CENTRED:
             opens = tl.load(a.order + a_table + r * L + begin)
             u = tl.load(a.rank + a_table + r * L + opens).to(tl.int64)
-        own = (_log_sum(a.scale, a_row + i, known), tl.load(a.delta + a_row + i, mask=inside, other=0.0))
+        own = (log_sum(a.scale, a_row + i, known), tl.load(a.delta + a_row + i, mask=inside, other=0.0))
     else:
         L = b.length
         S = a.length
@@ -206,7 +236,11 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
     if not QUERIES:
         for _ in tl.static_range(BLOCKS):
             y_part = y_part + (tl.zeros([BM, BE], tl.float32),)
+    ends = ()
+    if QUERIES and BIAS:
+        ends = (tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32))
     some = tl.zeros([BM], tl.int32)
+    bias = (table, furthest)
     held = 0
     held_y = 0
     if PARTS == 1:
@@ -229,6 +263,8 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
         else:
             tables = (b.rank + b_table, a.rank + a_table, b.bucket + b_table, a.bucket + a_table)
             head = dropout_head(seed_low, seed_high, b_line)
+        if BIAS:
+            bias = (table + (row % a.heads if QUERIES else b_head) * table_row + furthest, furthest)
         r_b, low, high = reach(turn // groups, r, u, first, last, begin, end, b_slots if QUERIES else slots, R, chunk,
                                look_back, look_ahead, QUERIES, WRAP, PLAIN and CAUSAL)
         entry = row * 0
@@ -262,17 +298,22 @@ def gradient_kernel(a, b, cu, bad, seen, entries, bounds, x_sum, y_sum, dx, dy, 
                     middle = high
             if PLAIN and (QUERIES or CAUSAL):
                 for place in range(low.to(tl.int32), middle.to(tl.int32), BN):
-                    x_part, y_part, some = _meet(
-                        x_part, y_part, some, held, held_y, a, b, at, i, live, y_live, known, own, place, high, order, tables,
-                        r, r_b, L, S, limits, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
-                        not QUERIES, IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
+                    x_part, y_part, ends, some = _meet(
+                        x_part, y_part, ends, some, held, held_y, a, b, at, i, live, y_live, known, own, place, high, order, tables,
+                        r, r_b, L, S, limits, bias, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
+                        not QUERIES, IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, BIAS, DROPOUT, DOT,
+                        EMULATE)
             if CAUSAL or not PLAIN or not QUERIES:
                 for place in range(middle.to(tl.int32), high.to(tl.int32), BN):
-                    x_part, y_part, some = _meet(
-                        x_part, y_part, some, held, held_y, a, b, at, i, live, y_live, known, own, place, high, order, tables,
-                        r, r_b, L, S, limits, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
-                        not PLAIN or QUERIES, IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
+                    x_part, y_part, ends, some = _meet(
+                        x_part, y_part, ends, some, held, held_y, a, b, at, i, live, y_live, known, own, place, high, order, tables,
+                        r, r_b, L, S, limits, bias, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, QUERIES,
+                        not PLAIN or QUERIES, IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, BIAS, DROPOUT, DOT,
+                        EMULATE)
 
+    if QUERIES and BIAS:
+        tl.store(far + (a_row + i) * 2, tl.where(known, ends[0], 0.0), mask=inside)
+        tl.store(far + (a_row + i) * 2 + 1, tl.where(known, ends[1], 0.0), mask=inside)
     if QUERIES and SELF == 1:
         known = places < tl.where(r > 0, end, begin)
         some = some | tl.load(seen + a_row + i, mask=known, other=0).to(tl.int32)
@@ -309,7 +350,7 @@ def _itself(q, k, batch, q_head, k_head, i, known, seen, scale, low, high, thres
         s = s * scale
         if SCALED:
             s = s * tl.load(k.scale + (batch * k.heads + k_head) * k.length + i, mask=known, other=0.0)
-        p = tl.where(known, tl.exp(s - _log_sum(q.scale, line * q.length + i, known)), 0.0)
+        p = tl.where(known, tl.exp(s - log_sum(q.scale, line * q.length + i, known)), 0.0)
         ds = p * (weight * dp - tl.load(q.delta + line * q.length + i, mask=known, other=0.0)) * scale
         ds = tl.where(p == 0.0, 0.0, ds)
         weight = weight * p

@@ -5,16 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax_tiles import BAD_FLAG, DEAD_FLAG, allowed, dropout_head, drops, exact_rows, reach, rows, seat, tokens
+from .softmax_tiles import (
+    BAD_FLAG,
+    DEAD_FLAG,
+    allowed,
+    biased,
+    dropout_head,
+    drops,
+    exact_rows,
+    reach,
+    rows,
+    seat,
+    tokens,
+)
 from .tiles import operand, product, store
 
 
 @triton.jit
 def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tables, r, r_k, limits,  # noqa: E741
-          bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+          bias, bad, scale, head, threshold, gain, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
           BN: tl.constexpr, MASKED: tl.constexpr, IDENTITY: tl.constexpr, SCALED: tl.constexpr, CAUSAL: tl.constexpr,
-          NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
-          EMULATE: tl.constexpr):
+          NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, BIAS: tl.constexpr,
+          DROPOUT: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
     """The queries of a tile meet the keys at places [begin, begin + BN) before end."""
     PARTS: tl.constexpr = (D + BD - 1) // BD
     BLOCKS: tl.constexpr = (E + BE - 1) // BE
@@ -40,6 +52,8 @@ def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tab
         column = column * tl.load(k.scale + k_row + j, mask=live, other=0.0)
     offset = tl.where(live, 0.0, tl.where(flag == BAD_FLAG, float("nan"), float("-inf")))
     s = s * column[None, :] + offset[None, :]
+    if BIAS:
+        s = biased(s, i, j, bias, True)
     if MASKED:
         seen = (flag != DEAD_FLAG)[None, :] & q_inside[:, None]
         ok = allowed(i, j, seen, tables, q.length, k.length, r, r_k, limits, True, CAUSAL, NEAR, SELF, BEFORE, BUCKETS)
@@ -62,14 +76,17 @@ def _meet(acc, m, l, held, q, k, at, i, q_live, q_inside, begin, end, order, tab
 
 
 @triton.jit(do_not_specialize=["slots", "tiles", "k_slots", "sequences", "r", "R", "look_back", "look_ahead", "window",
-                               "scale", "seed_low", "seed_high", "threshold", "gain"])
-def forward_kernel(q, k, cu, bad, sum_o, sum_m, sum_l, out, lse, slots, tiles, k_slots, sequences, chunk, r, R, look_back,
-                   look_ahead, window, scale, seed_low, seed_high, threshold, gain, D: tl.constexpr, BD: tl.constexpr,
-                   E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, IDENTITY: tl.constexpr,
+                               "scale", "seed_low", "seed_high", "threshold", "gain", "table_row", "furthest"])
+def forward_kernel(q, k, cu, bad, table, table_row, furthest, sum_o, sum_m, sum_l, out, lse, slots, tiles, k_slots, sequences,
+                   chunk, r, R, look_back, look_ahead, window, scale, seed_low, seed_high, threshold, gain,
+                   D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, IDENTITY: tl.constexpr,
                    CENTRED: tl.constexpr, PACKED: tl.constexpr, SCALED: tl.constexpr, CAUSAL: tl.constexpr,
                    NEAR: tl.constexpr, SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr, WRAP: tl.constexpr,
-                   DROPOUT: tl.constexpr, LAST: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
-    """Round r. out [B, Hq, L, E] and lse [B, Hq, L] if LAST, else the running sums of q's heads in the same shapes."""
+                   BIAS: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, DOT: tl.constexpr, EMULATE: tl.constexpr):
+    """Round r. out [B, Hq, L, E] and lse [B, Hq, L] if LAST, else the running sums of q's heads in the same shapes.
+
+    BIAS: table [Hq, 2 furthest + 1], rows table_row apart.
+    """
     PARTS: tl.constexpr = (D + BD - 1) // BD
     BLOCKS: tl.constexpr = (E + BE - 1) // BE
     PLAIN: tl.constexpr = IDENTITY and SELF == 0 and not BUCKETS and not NEAR
@@ -104,6 +121,9 @@ def forward_kernel(q, k, cu, bad, sum_o, sum_m, sum_l, out, lse, slots, tiles, k
         u = tl.load(tables[0] + r * q.length + opens).to(tl.int64)
     head = dropout_head(seed_low, seed_high, row)
     spoiled = tl.load(bad)
+    bias = (table, furthest)
+    if BIAS:
+        bias = (table + row % q.heads * table_row + furthest, furthest)
 
     sums = row * q.length + i
     before = places < tl.where(r > 0, end, begin)
@@ -128,13 +148,13 @@ def forward_kernel(q, k, cu, bad, sum_o, sum_m, sum_l, out, lse, slots, tiles, k
             middle = low + tl.maximum(tl.minimum(begin + 1, high) - low, 0) // BN * BN if CAUSAL else high
             for place in range(low.to(tl.int32), middle.to(tl.int32), BN):
                 acc, m, l = _meet(acc, m, l, held, q, k, at, i, live, inside, place, high, order, tables, r, r_k,  # noqa: E741
-                                  limits, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, False,
-                                  IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
+                                  limits, bias, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, False,
+                                  IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, BIAS, DROPOUT, DOT, EMULATE)
         if CAUSAL or not PLAIN:
             for place in range(middle.to(tl.int32), high.to(tl.int32), BN):
                 acc, m, l = _meet(acc, m, l, held, q, k, at, i, live, inside, place, high, order, tables, r, r_k,  # noqa: E741
-                                  limits, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, True,
-                                  IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, DROPOUT, DOT, EMULATE)
+                                  limits, bias, spoiled, scale, head, threshold, gain, D, BD, E, BE, BN, True,
+                                  IDENTITY, SCALED, CAUSAL, NEAR, SELF, BEFORE, BUCKETS, BIAS, DROPOUT, DOT, EMULATE)
 
     fade = tl.full([BM], 1.0, tl.float32)
     weight = tl.zeros([BM], tl.float32)

@@ -134,6 +134,18 @@ def across(q, k, QUERIES: tl.constexpr):
 
 
 @triton.jit
+def biased(s, i, j, bias, QUERIES: tl.constexpr):
+    """Adds to the scores of queries i and keys j what belongs to their offset; -inf hides a pair whatever its score.
+
+    bias: where the offset 0 stands, and the furthest offset.
+    """
+    middle, furthest = bias
+    query, key = across(i, j, QUERIES)
+    added = tl.load(middle + tl.minimum(tl.maximum(key - query, -furthest), furthest))
+    return tl.where(added == float("-inf"), float("-inf"), s + added)
+
+
+@triton.jit
 def allowed(i, j, seen, tables, L, S, r, r_k, limits, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr,
             SELF: tl.constexpr, BEFORE: tl.constexpr, BUCKETS: tl.constexpr):
     """Which pairs of queries i and keys j count, of those that are `seen`. limits: look_back, look_ahead, window."""

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import triton
 
+from .diagonals import fold, walk_of
 from .linear import SCAN_BLOCK, scan_kernel, totals_kernel
 from .linear import TILES as LINEAR_TILES
 from .softmax import guard
@@ -31,8 +31,6 @@ MAX_DIM = 256
 # of every tile of rows
 SEGMENT = {"small": 128, "large": 512}
 LARGE_STATE = 64 * 128
-# tiles of queries that a program of the factors' gradient walks over, at least
-LEAST_WALK = 16
 GRADIENT_ROWS = 32
 
 State = tuple[Tensor, Tensor]
@@ -83,24 +81,6 @@ def refuses(n_features: int, value_dim: int) -> str | None:
         name, dim = ("n_features", n_features) if n_features > MAX_DIM else ("value dim", value_dim)
         return f"{name} {dim} is above {MAX_DIM}"
     return None
-
-
-def fold(sums: Tensor, first: int, reach: int) -> Tensor:
-    """Sums `[Hq, D, 2 W]` of diagonals, column n of tile d that of offset first + d W + n -> `[Hq, 2 reach + 1]`, where
-    offsets beyond the reach are added to its ends."""
-    W = sums.shape[2] // 2
-    early, late = sums.split(W, 2)
-    whole = F.pad(early.flatten(1), (0, W)) + F.pad(late.flatten(1), (W, 0))
-    # offsets `first` and after: those at -reach or before, those between, those at reach or after
-    low = max(-reach + 1 - first, 0)
-    high = max(reach - first, low)
-    middle = whole[:, low:high]
-    rest = 2 * reach + 1 - middle.shape[1]
-    before = min(max(first + low + reach, 0), rest)
-    dc = F.pad(middle, (before, rest - before))
-    dc[:, 0] += whole[:, :low].sum(1)
-    dc[:, -1] += whole[:, high:].sum(1)
-    return dc
 
 
 class _Call:
@@ -236,9 +216,7 @@ class _Call:
         if self.causal:
             most = min(most, (self.offset + W - 1) // W)
         apart = most - least + 1
-        # as long a walk as there are diagonals, so that their sums take no more memory than a few columns of the inputs
-        walk = max(LEAST_WALK, apart)
-        walks = triton.cdiv(slots, walk)
+        walk, walks = walk_of(slots, apart)
         dc, programs = torch.zeros_like(self.c), self.B * self.Hq * walks * max(apart, 0)
         if programs:
             sums = self.floats(self.B, self.Hq, walks, apart, 2 * W)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .diagonals import store_diagonals
 from .tiles import alive, broken, operand, product, reciprocal, span, store, tile, values
 
 
@@ -85,17 +86,6 @@ def _segments(begin, stop, count, lead, reach, SEGMENT: tl.constexpr, PACKED: tl
         # the sum from segment s on is kept by the segment before it
         new = tl.minimum(tl.cdiv(tl.maximum(stop - 1 + lead + reach, 1), SEGMENT), all)
     return old, tl.maximum(old, new)
-
-
-@triton.jit
-def _factors(c, i, j, lead, reach, QUERIES: tl.constexpr):
-    """c of rows i of a tile and sources j, and whether causality lets them meet."""
-    u = j[None, :] - (i + lead)[:, None]
-    if QUERIES:
-        t = u
-    else:
-        t = -u
-    return tl.load(c + tl.minimum(tl.maximum(t, -reach), reach)), t <= 0
 
 
 @triton.jit
@@ -347,9 +337,4 @@ def factors_kernel(q, g, k, v, h, mask, cu, sums, heads, groups, length, sources
             total += s * (ds + down[:, None])
     if CAUSAL:
         total = tl.where(apart * BM + (m[None, :] - m[:, None]) <= lead, total, 0.0)
-    # column n of row i becomes diagonal n, or n - BM where that is a column of the tile
-    place = m[None, :] + m[:, None]
-    total = tl.gather(total, place % BM, 1)
-    at = sums + pid * (2 * BM) + m
-    tl.store(at, tl.sum(tl.where(place < BM, 0.0, total), 0))
-    tl.store(at + BM, tl.sum(tl.where(place < BM, total, 0.0), 0))
+    store_diagonals(sums + pid * (2 * BM), total, BM)

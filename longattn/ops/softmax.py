@@ -113,9 +113,9 @@ def _prepare(
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
     reasons = {
-        "cpu": _refuses("cpu", q, k, v, attn_mask, rpe_bias),
+        "cpu": _refuses("cpu", q, k, v, attn_mask),
         "torch": _torch_refuses(window, chunks, rpe_bias),
-        "triton": _refuses("triton", q, k, v, attn_mask, rpe_bias),
+        "triton": _refuses("triton", q, k, v, attn_mask),
         "reference": None,
     }
     if impl == "auto" and (dropout_p > 0 or _are_few(q.shape[2]) or transformed()):
@@ -143,12 +143,8 @@ def _torch_refuses(window: int | None, chunks: Chunks | None, rpe_bias: Tensor |
     return None if rpe_bias is None else "torch's kernels know no rpe_bias; as attn_mask it would take O(L S) memory"
 
 
-def _refuses(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, rpe_bias: Tensor | None
-) -> str | None:
+def _refuses(impl: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> str | None:
     reason = _dispatch.refuses(impl, q)
-    if reason is None and rpe_bias is not None and impl == "triton":
-        return "rpe_bias runs in the CPU's tiles; in Triton it is for linear_attention"
     if reason is None and attn_mask is not None:
         return "attn_mask runs in torch; causality, windows and key padding run here"
     return _tiles.engine(impl).refuses(q, k, v) if reason is None and impl == "triton" else reason
@@ -205,6 +201,9 @@ def _run(call: _Call) -> Tensor:
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     options = {"scale": scale, "enable_gqa": enable_gqa}
     output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **options)
+    if call.rpe_bias is not None:
+        # every weight is dropped, and the bias stays in the graph
+        output = output + call.rpe_bias[:, :0].sum().to(output.dtype)
     return output[..., :E]
 
 
@@ -275,10 +274,10 @@ def softmax_attention(
     window: query i sees keys j with |i - j| < window (so i and the window - 1 before it, if causal), in time
         O((L + S) window). Excludes attn_mask; torch's kernels do not know it.
     rpe_bias: `[Hq, 2K+1]`, or `[2K+1]` for all heads: bias[clamp(j - i, -K, K) + K] is added to a score; -inf hides an
-        offset. By impl="cpu" in memory of O(L + S + K), gradient included; torch does not know it.
+        offset. By impl="cpu" and "triton" in memory of O(L + S + K), gradient included; torch does not know it.
     impl: "auto", "cpu" and "triton" (our own tiles, without attn_mask), "torch" (torch's SDPA) or "reference" (dense);
         see `longattn.explain`. "auto" takes "cpu" where it can run, from 64 queries on and without dropout, else
-        "torch", and on a GPU "triton" for a window.
+        "torch", and on a GPU "triton" for a window or a bias by offset.
 
     Returns `[B, Hq, L, E]` in the inputs' dtype (autocast's under autocast). A query that sees no key gets 0, and
     gradient 0.
