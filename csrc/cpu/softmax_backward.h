@@ -93,8 +93,14 @@ struct TileBackward {
   int64_t dbias_bytes() const { return x.bias ? round_up(tiles.units() * segments() * x.bias.size[1] * 8, 64) : 0; }
 
   // rows of gradients in the working type
+  // results may lie by heads or by tokens
+  struct Rows {
+    T* first = nullptr;
+    int64_t step = 0;
+    T* row(int64_t at) const { return first + at * step; }
+  };
   struct Sums {
-    T *dq, *dk, *dv;
+    Rows dq, dk, dv;
   };
 
   void run() {
@@ -107,6 +113,8 @@ struct TileBackward {
     if (!tiles.shared)
       expect_shape(y.dk, "dk", {tiles.B, tiles.H, tiles.S, tiles.D}), expect_dtype(y.dk, "dk", x.q.dtype);
     expect_shape(y.dv, "dv", {tiles.B, tiles.H, tiles.S, tiles.E}), expect_dtype(y.dv, "dv", x.q.dtype);
+    for (const View* v : {&y.dq, &y.dk, &y.dv})
+      expect(!*v || v->stride[3] == 1, "results must have rows without gaps");
     expect(x.threads >= 1 && x.workspace.elements() >= workspace(), "the workspace is too small");
     char* memory = first_line(x.workspace.data);
     T* sums = reinterpret_cast<T*>(memory);
@@ -170,11 +178,12 @@ struct TileBackward {
     Sums y;
     if (needs_sums()) {
       T* base = sums + place * sums_size();
-      y = {base + group * dq_size(), base + tiles.groups * dq_size(), base + tiles.groups * dq_size() + dk_size()};
+      y.dq = {base + group * dq_size(), tiles.D}, base += tiles.groups * dq_size();
+      y.dk = {base, tiles.D}, y.dv = {base + dk_size(), tiles.E};
     } else {
-      y = {this->y.dq.template as<T>() + (h.b * tiles.Hq + h.h) * tiles.L * tiles.D, nullptr,
-           this->y.dv.template as<T>() + (h.b * tiles.H + h.kv) * tiles.S * tiles.E};
-      if (!tiles.shared) y.dk = this->y.dk.template as<T>() + (h.b * tiles.H + h.kv) * tiles.S * tiles.D;
+      auto rows = [&](const View& v, int64_t head) { return Rows{row_at<T>(v, h.b, head, 0), v.stride[2]}; };
+      y.dq = rows(this->y.dq, h.h), y.dv = rows(this->y.dv, h.kv);
+      if (!tiles.shared) y.dk = rows(this->y.dk, h.kv);
     }
     if (tiles.shared) y.dk = y.dq;
     return y;
@@ -194,21 +203,22 @@ struct TileBackward {
     if (group == 0)
       for (int64_t i = keys.first; i < keys.last; ++i) {
         int64_t at = head.keys.start + i;
-        if (!tiles.shared) std::fill(sums.dk + at * tiles.D, sums.dk + (at + 1) * tiles.D, T(0));
-        std::fill(sums.dv + at * tiles.E, sums.dv + (at + 1) * tiles.E, T(0));
+        if (!tiles.shared) std::fill_n(sums.dk.row(at), tiles.D, T(0));
+        std::fill_n(sums.dv.row(at), tiles.E, T(0));
       }
     Dropout<T> dropout(x, head.b * tiles.Hq + head.h);
     for (int64_t i = queries.first; i < queries.last; ++i) {
       int64_t at = head.queries.start + i;
       T *g = w.row.row(0), *o = w.row.row(1), lse = of(y.lse, head, at);
-      std::fill(sums.dq + at * tiles.D, sums.dq + (at + 1) * tiles.D, T(0));
+      std::fill_n(sums.dq.row(at), tiles.D, T(0));
       if (lse == nothing<T>) {
         of(y.delta, head, at) = 0;
         if (x.self != SelfRule::fallback || padded_key(head, at)) continue;
         // all this row had was its own value
         row_of(y.grad_out, head.b, head.h, at, tiles.E, g);
         T kept = dropout.factor(at, at);
-        for (int64_t e = 0; e < tiles.E; ++e) sums.dv[at * tiles.E + e] += kept == 0 ? 0 : kept * g[e];
+        T* value = sums.dv.row(at);
+        for (int64_t e = 0; e < tiles.E; ++e) value[e] += kept == 0 ? 0 : kept * g[e];
         continue;
       }
       row_of(y.grad_out, head.b, head.h, at, tiles.E, g), row_of(y.out, head.b, head.h, at, tiles.E, o);
@@ -220,10 +230,11 @@ struct TileBackward {
       T p = std::exp(score - lse), kept = dropout.factor(at, at);
       // what has no weight hands nothing on, whatever it holds
       if (p == 0) continue;
-      for (int64_t e = 0; e < tiles.E; ++e) sums.dv[at * tiles.E + e] += p * kept * g[e];
+      T *dq = sums.dq.row(at), *dk = sums.dk.row(at), *dv = sums.dv.row(at);
+      for (int64_t e = 0; e < tiles.E; ++e) dv[e] += p * kept * g[e];
       row_of(x.v, head.b, head.kv, at, tiles.E, o);
       T ds = p * (kept * dot(g, o, tiles.E) - delta) * factor;
-      for (int64_t d = 0; d < tiles.D; ++d) sums.dq[at * tiles.D + d] += ds * k[d], sums.dk[at * tiles.D + d] += ds * q[d];
+      for (int64_t d = 0; d < tiles.D; ++d) dq[d] += ds * k[d], dk[d] += ds * q[d];
     }
   }
 
@@ -283,7 +294,7 @@ struct TileBackward {
       QueryTile<T>& q = w.own[t - own_q.first];
       if (!q.loaded) continue;
       for (int64_t i = 0; i < q.origin.rows; ++i) {
-        T *to = sums.dq + q.origin.position[i] * tiles.D, *from = q.dq.row(i);
+        T *to = sums.dq.row(q.origin.position[i]), *from = q.dq.row(i);
         if (q.origin.valid[i])
           for (int64_t d = 0; d < tiles.D; ++d) to[d] += from[d];
       }
@@ -373,11 +384,11 @@ struct TileBackward {
   // what a round adds to the gradients of a key and its value
   void add_key(Worker& w, int64_t j, const Sums& sums) const {
     int64_t at = w.k_origin.position[j];
-    T *dk = w.dk.row(j), *k = w.k.row(j), *to = sums.dk + at * tiles.D, factor = w.factor[j], along = 0;
+    T *dk = w.dk.row(j), *k = w.k.row(j), *to = sums.dk.row(at), factor = w.factor[j], along = 0;
     // the length of a unit key does not change
     if (x.key_scale && x.scale != 0) along = dot(dk, k, tiles.D) / static_cast<T>(x.scale) / static_cast<T>(x.scale);
     for (int64_t d = 0; d < tiles.D; ++d) to[d] += factor * (dk[d] - along * k[d]);
-    T *dv = w.dv.row(j), *value = sums.dv + at * tiles.E;
+    T *dv = w.dv.row(j), *value = sums.dv.row(at);
     for (int64_t e = 0; e < tiles.E; ++e) value[e] += dv[e];
   }
 
@@ -388,12 +399,12 @@ struct TileBackward {
     if (!tiles.shared) rows_out(sums.dk, y.dk, head.b, head.kv, head.keys.start, keys, tiles.D);
     rows_out(sums.dv, y.dv, head.b, head.kv, head.keys.start, keys, tiles.E);
   }
-  void rows_out(const T* from, const View& to, int64_t b, int64_t h, int64_t start, Range rows, int64_t n) const {
+  void rows_out(const Rows& from, const View& to, int64_t b, int64_t h, int64_t start, Range rows, int64_t n) const {
     with_type(to.dtype, [&](auto type) {
       using To = decltype(type);
       if constexpr ((sizeof(T) == 8) == (sizeof(To) == 8))
         for (int64_t i = start + rows.first; i < start + rows.last; ++i)
-          store_row(from + i * n, row_at<To>(to, b, h, i), n);
+          store_row(from.row(i), row_at<To>(to, b, h, i), n);
     });
   }
 };

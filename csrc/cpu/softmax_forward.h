@@ -104,6 +104,7 @@ struct TileForward {
   void run() {
     DType acc = sizeof(T) == 8 ? DType::f64 : DType::f32;
     expect_shape(y.out, "out", {tiles.B, tiles.Hq, tiles.L, tiles.E}), expect_dtype(y.out, "out", x.q.dtype);
+    expect(y.out.stride[3] == 1, "out must have rows without gaps");
     for (const View* v : {&y.lse, &y.top})
       expect_shape(*v, "lse", {tiles.B, tiles.Hq, tiles.L}), expect_dtype(*v, "lse", acc);
     expect(x.threads >= 1 && x.workspace.elements() >= workspace(), "the workspace is too small");

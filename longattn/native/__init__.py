@@ -87,6 +87,19 @@ def empty(shape, dtype: torch.dtype) -> Tensor:
     return x
 
 
+def tokens_first(x: Tensor) -> bool:
+    """Whether rows `[B, H, L, D]` lie in memory as projections leave them, `[B, L, H, D]`."""
+    return x.stride(1) < x.stride(2) and x.shape[1] > 1
+
+
+def empty_like_rows(x: Tensor, width: int) -> Tensor:
+    """`[B, H, L, width]` in the order in memory of x `[B, H, L, D]`, so that heads join again without a copy."""
+    B, H, L, _ = x.shape
+    if tokens_first(x):
+        return empty((B, L, H, width), x.dtype).transpose(1, 2)
+    return empty((B, H, L, width), x.dtype)
+
+
 _scratch = threading.local()
 
 

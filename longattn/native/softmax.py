@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import empty, extension, view, workspace
+from . import empty_like_rows, extension, view, workspace
 
 TENSORS = (
     "q", "k", "v", "mask", "cu_seqlens", "key_scale", "order_q", "order_k", "rank_q", "rank_k", "bucket_q", "bucket_k",
@@ -29,7 +29,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def forward(*inputs, bias=None, **options):
     """-> out, lse (-inf for a query that saw no key but perhaps its own)"""
     q, v = inputs[0], inputs[2]
-    out = empty((*q.shape[:3], v.shape[3]), q.dtype)
+    out = empty_like_rows(q, v.shape[3])
     lse, top = (torch.empty(q.shape[:3], dtype=_accumulator(q.dtype)) for _ in range(2))
     _run("softmax_forward", inputs, bias, options, False, {"out": out, "lse": lse, "top": top})
     return out, lse
@@ -40,7 +40,7 @@ def backward(grad_out, *arguments, bias=None, **options):
     *inputs, out, lse = arguments
     q, k, v = inputs[:3]
     dbias = q.new_empty(0) if bias is None else torch.empty_like(bias)
-    dq, dk, dv = (None if x is None else empty(x.shape, x.dtype) for x in (q, k, v))
+    dq, dk, dv = (None if x is None else empty_like_rows(x, x.shape[3]) for x in (q, k, v))
     results = {"grad_out": grad_out, "out": out, "lse": lse, "delta": torch.empty_like(lse)}
     _run("softmax_backward", inputs, bias, options, True, {**results, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias})
     return dq, q.new_empty(0) if dk is None else dk, dv, dbias

@@ -39,7 +39,7 @@ def backward(grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, norma
         "dq": empty(q.shape, q.dtype),
         "dk": empty((B, Hq, S, M), k.dtype),
         "dv": empty((B, Hq, S, E), v.dtype if one_each else q.dtype),
-        "dc": torch.empty_like(c),
+        "dc": torch.empty(c.shape, dtype=c.dtype),
     }
     given = {"grad_out": grad_out, "grad_normalizer": grad_normalizer, "out": out, "normalizer": normalizer}
     given["rows"] = empty((B, Hq, L, E + 1), q.dtype)

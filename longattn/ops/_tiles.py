@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import native
 from ..native import softmax as native_softmax
 from ._autograd import tracked
 from ._prefix import accumulator
@@ -88,17 +89,26 @@ torch.library.define(
 INPUTS = 13
 
 
+def _fake_rows(x: torch.Tensor, width: int, impl: str) -> torch.Tensor:
+    B, H, L, _ = x.shape
+    if impl == "cpu" and native.tokens_first(x):
+        return x.new_empty(B, L, H, width).transpose(1, 2)
+    return x.new_empty(B, H, L, width)
+
+
 @torch.library.register_fake("longattn::_softmax_forward")
 def _(q, k, v, *rest):
-    lead = q.shape[:3]
-    return q.new_empty(*lead, v.shape[3]), q.new_empty(lead, dtype=accumulator(q.dtype))
+    impl = Options(*rest[INPUTS - 3 :][: len(Options._fields)]).impl
+    return _fake_rows(q, v.shape[3], impl), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 @torch.library.register_fake("longattn::_softmax_backward")
 def _(grad_out, q, k, v, *rest):
     bias = rest[INPUTS - 4]
     dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape), q.new_empty(v.shape), dbias
+    impl = Options(*rest[INPUTS - 1 :][: len(Options._fields)]).impl
+    dq, dk, dv = (q.new_empty(0) if x is None else _fake_rows(x, x.shape[3], impl) for x in (q, k, v))
+    return dq, dk, dv, dbias
 
 
 def _both(*tensors):
