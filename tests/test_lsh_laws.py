@@ -402,16 +402,25 @@ def test_explain_names_the_engine_and_what_sorts():
 
 # torch deprecates parts of itself that forward mode loads
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_derivatives_the_kernels_do_not_have_are_refused_and_never_zero():
+@pytest.mark.filterwarnings("ignore:.*only the dense reference can run here")
+def test_derivatives_the_kernels_do_not_have_are_the_references_and_never_zero():
     q, _, v = (x.double() for x in qkv(L=100, D=8, E=8))
-    tangent = torch.ones_like(q)
-    for call in (lambda q: lsh_attention(q, None, v), lambda q: linear_attention(q, q, v)):
-        with pytest.raises(NotImplementedError, match="jvp"):
-            torch.func.jvp(call, (q,), (tangent,))
-    # where torch has the derivative, it is taken: also of lengths that run in our own kernel otherwise
-    call = lambda q: softmax_attention(q, q, v).square().sum()  # noqa: E731
     leaf = q.clone().requires_grad_()
-    torch.testing.assert_close(torch.func.grad(call)(q), torch.autograd.grad(call(leaf), leaf)[0])
+    # the last of them runs in our own kernel otherwise, and here in torch's, which know no forward mode
+    for forward_mode, call in (
+        (True, lambda q: lsh_attention(q, None, v).square().sum()),
+        (True, lambda q: linear_attention(q, q, v).square().sum()),
+        (False, lambda q: softmax_attention(q, q, v).square().sum()),
+    ):
+        expected = torch.autograd.grad(call(leaf), leaf)[0]
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(torch.func.grad(call)(q), expected)
+        if forward_mode:
+            _, along = torch.func.jvp(call, (q,), (torch.ones_like(q),))
+            torch.testing.assert_close(along, expected.sum())
+    for call in (lsh_attention, linear_attention):
+        with pytest.raises(ValueError, match=r"impl='cpu' cannot run this call: torch.func's derivatives"):
+            torch.func.jvp(lambda q, call=call: call(q, q, v, impl="cpu"), (q,), (q,))
 
 
 def test_an_own_key_without_weight_hands_nothing_on(kernel, device):

@@ -17,7 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def describe(x) -> str:
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
-    return f"{type(x).__name__} {x!r}"
+    # the text of an array has many lines
+    return f"{type(x).__name__} {' '.join(repr(x).split())}"
 
 
 def is_finite_or_none(x) -> bool:

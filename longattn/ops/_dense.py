@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ._dispatch import without_autocast
 from ._prefix import accumulator
@@ -59,5 +60,5 @@ def attend(
         weights = torch.softmax(scores if bias is None else scores.add_(bias), -1)
         if seen is not None:
             weights = torch.where(seen, weights, 0)
-        weights = torch.dropout(weights, dropout_p, train=dropout_p > 0)
+        weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
         return (weights @ v.to(acc)).to(dtype), weights.to(dtype)

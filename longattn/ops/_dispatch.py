@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ._autograd import differentiated
 
 IMPLS = ("cuda", "triton", "cpu", "reference")
 
@@ -61,6 +62,8 @@ def refuses(impl: str, x: Tensor) -> str | None:
     reason = missing(impl)
     if reason is not None or impl == "reference":
         return reason
+    if differentiated():
+        return "torch.func's derivatives and forward-mode AD take torch's own operations alone"
     device = x.device.type
     if impl == "cpu":
         return None if device == "cpu" else f"tensors are on {x.device}"

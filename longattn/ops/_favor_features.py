@@ -9,7 +9,7 @@ from .. import features as maps
 from ..favor import Favor
 from ..native import features as native_features
 from . import _dispatch
-from ._autograd import tracked
+from ._autograd import FirstDerivative, tracked
 from ._prefix import accumulator
 
 _INPUTS = "Tensor x, Tensor projection, Tensor root, Tensor? mean, str kind, bool logs"
@@ -55,20 +55,6 @@ for _device in ("cpu", "cuda"):
     torch.library.impl("longattn::_favor_features_backward", _device, _backward)
 
 
-class _Backward(torch.autograd.Function):
-    """The first derivative as a node of its own, so that asking for the second gets a sentence."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return torch.ops.longattn._favor_features_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "linear_attention: the kernels have no second derivative; use impl='reference' for double backward"
-        )
-
-
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(x, projection, root, mean, *options):
@@ -82,7 +68,10 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         phi, x, projection, root, mean = ctx.saved_tensors
-        dx, droot = _Backward.apply(grad, phi, x, projection, root, mean, *ctx.options)
+        tensors = (phi, x, projection, root, mean)
+        dx, droot = FirstDerivative.apply(
+            "linear_attention: the kernels", "_favor_features_backward", grad, *tensors, *ctx.options
+        )
         return dx, None, droot, None, *[None] * len(ctx.options)
 
 

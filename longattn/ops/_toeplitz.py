@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _check
+from ._autograd import readable
 
 METHODS = ("auto", "prefix", "tiles", "fft")
 # logarithm below the largest of a head under which a factor counts as 0, so that no sum of weights is so small that its
@@ -30,9 +31,9 @@ def check_bias(op: str, bias: Tensor, heads: int, device: torch.device) -> None:
         _check.fail(op, f"rpe_bias must be {shape}, got {list(bias.shape)}")
     if bias.device != device:
         _check.fail(op, f"rpe_bias is on {bias.device} and query on {device}; move it with .to()")
-    # a subclass may have no values: torch's fake tensors
-    readable = bias.device.type == "cpu" and type(bias) in (Tensor, torch.nn.Parameter) and bias.numel() > 0
-    if readable and not torch.compiler.is_compiling() and not bias.detach().amax() < math.inf:
+    if bias.layout != torch.strided:
+        _check.fail(op, f"rpe_bias must be dense, got {bias.layout}; pass rpe_bias.to_dense()", TypeError)
+    if bias.device.type == "cpu" and bias.numel() > 0 and readable(bias) and not bias.detach().amax() < math.inf:
         _check.fail(op, "rpe_bias must hold finite numbers, or -inf for offsets to hide; it holds NaN or +inf")
 
 
@@ -93,8 +94,11 @@ def choose(
         return method, "as asked for"
     if keeps_state:
         return "prefix", "the method that carries a state"
-    if not packed and prefers_fft(min(bias_reach, needed), *shape):
+    # one after the other: a graph of any length is not tied to a side of it where the bias alone says no
+    if not packed and prefers_fft(bias_reach, *shape) and prefers_fft(needed, *shape):
         return "fft", "the bias reaches further than tiles are faster"
+    if torch.compiler.is_compiling():
+        return "prefix", "in a graph of any length; with a number for every offset it is the same as tiles"
     if bias_reach < needed:
         return "prefix", "the bias is clipped short of the length"
     return "tiles", "the bias has a number for every offset, and tiles are faster than the FFT at this length"

@@ -50,7 +50,7 @@ def _shifts(n_q: int, n_k: int, device: torch.device) -> Tensor:
 
 
 def _circulant(c: Tensor, n_q: int, n_k: int, offset: int, is_causal: bool, padded: Tensor | None) -> _Circulant:
-    """c: `[G, 2 reach + 1]`, padded: `[n_k]`."""
+    """c: `[G, 2 reach + 1]`, its ends serve what is further; padded: `[n_k]`."""
     shifts, reach, length = _shifts(n_q, n_k, c.device), c.shape[1] // 2, fast_length(n_q + n_k - 1)
     t = -shifts - offset
     taken = c[:, t.clamp(-reach, reach) + reach]                                               # [G, n_q + n_k - 1]
@@ -169,6 +169,8 @@ class _Rows:
         return torch.fft.rfft(rows)
 
 
+# what they do within is no graph of its own, also where a program calls the raw op with gradients on
+@torch.no_grad()
 def forward(q, k, v, c, mask, cu_seqlens, *, reach: int, offset: int, is_causal: bool, normalize: bool):
     """-> out `[B, Hq, L, E]` like v, normalizer `[B, Hq, L]`"""
     (B, Hq, L, M), E = q.shape, v.shape[3]
@@ -191,6 +193,7 @@ def forward(q, k, v, c, mask, cu_seqlens, *, reach: int, offset: int, is_causal:
     return out, normalizer
 
 
+@torch.no_grad()
 def backward(
     grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, normalizer, *, reach: int, offset: int,
     is_causal: bool, normalize: bool,

@@ -17,7 +17,7 @@ from ..native import favor as native_favor
 from ..reference import favor as reference
 from ..state import FavorState
 from . import _check, _dispatch
-from ._autograd import tracked
+from ._autograd import FirstDerivative, tracked
 from ._prefix import accumulator, aligned, segment_of, sequences, slots
 
 
@@ -106,21 +106,6 @@ for _device in ("cpu", "cuda"):
 # autograd
 
 
-class _FavorBackward(torch.autograd.Function):
-    """The first derivative as a node of its own, so that asking for the second gets a sentence."""
-
-    # torch.compile does not take a setup_context here
-    @staticmethod
-    def forward(ctx, *arguments):
-        return torch.ops.longattn._favor_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "linear_attention: the kernels have no second derivative; use impl='reference' for double backward"
-        )
-
-
 class _FavorAttention(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
@@ -148,8 +133,9 @@ class _FavorAttention(torch.autograd.Function):
             shape, acc = (sequences(q, cu_seqlens), k.shape[1], M, v.shape[3]), accumulator(q.dtype)
             grad_kv = q.new_zeros(shape, dtype=acc) if grad_kv is None else grad_kv
             grad_k_sum = q.new_zeros(shape[:3], dtype=acc) if grad_k_sum is None else grad_k_sum
-        dq, dk, dv, droot, dkv, dk_sum = _FavorBackward.apply(
-            grad_out, grad_kv, grad_k_sum, *tensors, *ctx.options, ctx.needs_input_grad[ROOT]
+        options = (*ctx.options, ctx.needs_input_grad[ROOT])
+        dq, dk, dv, droot, dkv, dk_sum = FirstDerivative.apply(
+            "linear_attention: the kernels", "_favor_backward", grad_out, grad_kv, grad_k_sum, *tensors, *options
         )
         state = (None, None) if kv is None else (dkv, dk_sum)
         return dq, dk, dv, None, None, *state, None, None, droot, None, None

@@ -15,7 +15,7 @@ from ..native import linear_cuda as native_cuda
 from ..reference import linear as reference
 from ..state import LinearState, State
 from . import _check, _dispatch, favor, toeplitz
-from ._autograd import tracked
+from ._autograd import FirstDerivative, tracked
 from ._features import map_rows
 from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
 
@@ -109,21 +109,6 @@ for _device in ("cpu", "cuda"):
 # autograd
 
 
-class _LinearBackward(torch.autograd.Function):
-    """The first derivative as a node of its own, so that asking for the second gets a sentence."""
-
-    # torch.compile does not take a setup_context here
-    @staticmethod
-    def forward(ctx, *arguments):
-        return torch.ops.longattn._linear_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "linear_attention: the kernels have no second derivative; use impl='reference' for double backward"
-        )
-
-
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, mask, cu_seqlens, kv, k_sum, options):
@@ -147,8 +132,9 @@ class _LinearAttention(torch.autograd.Function):
             shape, acc = (B, H, k.shape[3], v.shape[3]), accumulator(q.dtype)
             grad_kv = q.new_zeros(shape, dtype=acc) if grad_kv is None else grad_kv
             grad_k_sum = q.new_zeros(shape[:3], dtype=acc) if grad_k_sum is None else grad_k_sum
-        dq, dk, dv, dkv, dk_sum = _LinearBackward.apply(
-            grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, out, *saved, *ctx.options
+        tensors = (q, k, v, mask, cu_seqlens, kv, k_sum, out, *saved)
+        dq, dk, dv, dkv, dk_sum = FirstDerivative.apply(
+            "linear_attention: the kernels", "_linear_backward", grad_out, grad_kv, grad_k_sum, *tensors, *ctx.options
         )
         return dq, dk, dv, None, None, *((None, None) if kv is None else (dkv, dk_sum)), None
 

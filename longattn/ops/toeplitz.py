@@ -9,13 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native
 from ..favor import Favor
 from ..native import toeplitz as native_toeplitz
 from ..reference import toeplitz as reference
 from ..state import ToeplitzState
 from . import _check, _dispatch, _toeplitz, _toeplitz_fft
-from ._autograd import tracked
+from ._autograd import FirstDerivative, readable, tracked
 from ._features import features
 from ._prefix import accumulator
 from .favor import check_map
@@ -93,21 +92,6 @@ for _device in ("cpu", "cuda"):
 # autograd
 
 
-class _ToeplitzBackward(torch.autograd.Function):
-    """The first derivative as a node of its own, so that asking for the second gets a sentence."""
-
-    # torch.compile does not take a setup_context here
-    @staticmethod
-    def forward(ctx, *arguments):
-        return torch.ops.longattn._toeplitz_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "linear_attention: the kernels have no second derivative; use impl='reference' for double backward"
-        )
-
-
 class _ToeplitzAttention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, c, mask, cu_seqlens, options):
@@ -127,7 +111,10 @@ class _ToeplitzAttention(torch.autograd.Function):
         *tensors, out, normalizer = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_normalizer = None if ctx.options.normalize else grad_normalizer
-        grads = _ToeplitzBackward.apply(grad_out, grad_normalizer, *tensors, out, normalizer, *ctx.options)
+        saved = (*tensors, out, normalizer)
+        grads = FirstDerivative.apply(
+            "linear_attention: the kernels", "_toeplitz_backward", grad_out, grad_normalizer, *saved, *ctx.options
+        )
         return *grads, None, None, None
 
 
@@ -259,8 +246,12 @@ def run(call: Call) -> tuple[Tensor, ToeplitzState | None]:
     with _dispatch.without_autocast(q.device.type):
         needed = max(L, S, 1) - 1
         if call.state is None:
-            # no further than there are offsets; tiles and FFT have a factor for each
-            reach = min(reach, needed) if options.method == "prefix" else needed
+            # tiles have a factor for each offset, others no more than there are; of a length that a graph leaves open
+            # that would tie it to one side
+            if options.method == "tiles":
+                reach = needed
+            elif not torch.compiler.is_compiling():
+                reach = min(reach, needed)
         names = {"is_causal": options.is_causal, "normalize": options.normalize, "dtype": acc}
         c = _toeplitz.factors(call.bias, q.shape[1], reach, **names)
         fused = options.impl != "reference"
@@ -299,10 +290,11 @@ def _is_step(call: Call) -> bool:
     q, k, state = call.q, call.k, call.state
     if state is None or q.shape[2] != 1 or k.shape[2] != 1 or call.options.impl != "cpu" or call.mask is not None:
         return False
-    plain = q.dtype in (torch.float32, torch.float64) and call.bias.dtype == q.dtype and native.missing() is None
-    favor = call.feature if isinstance(call.feature, Favor) else None
-    learned = (favor.log_temperature,) if favor is not None else ()
-    if not plain or torch.compiler.is_compiling() or tracked(q, k, call.v, call.bias, *state, *learned):
+    tensors = (q, k, call.v, call.bias, *state)
+    if q.dtype not in (torch.float32, torch.float64) or call.bias.dtype != q.dtype or not readable(*tensors):
+        return False
+    learned = (call.feature.log_temperature,) if isinstance(call.feature, Favor) else ()
+    if tracked(*tensors, *learned):
         return False
     return call.bias.is_contiguous() and all(x.is_contiguous() for x in state)
 
@@ -411,13 +403,16 @@ def toeplitz_matvec(c: Tensor, x: Tensor, causal: bool = False) -> Tensor:
         _check.fail(op, f"c must be [..., 2n-1] = [..., {max(2 * n - 1, 0)}] for x of length {n}, got {list(c.shape)}")
     if c.device != x.device:
         _check.fail(op, f"c is on {c.device} and x on {x.device}")
+    try:
+        lead = torch.broadcast_shapes(c.shape[:-1], x.shape[:-2])
+    except RuntimeError:
+        _check.fail(op, f"leading dimensions of c and x must broadcast, got {list(c.shape)} and {list(x.shape)}")
     dtype = torch.promote_types(c.dtype, x.dtype)
     acc = accumulator(dtype)
     with _dispatch.without_autocast(x.device.type):
         c, x = c.to(acc), x.to(acc)
         if causal:
             c = torch.cat([c[..., :n], torch.zeros_like(c[..., n:])], -1)
-        if n == 0:
-            lead = torch.broadcast_shapes(c.shape[:-1], x.shape[:-2])
-            return x.expand(*lead, *x.shape[-2:]).to(dtype)
+        if 0 in lead or 0 in x.shape[-2:]:
+            return (x.expand(*lead, *x.shape[-2:]) * c.sum()).to(dtype)
         return _toeplitz_fft.matvec(c, x).to(dtype)
