@@ -7,6 +7,8 @@
 #   make compare-lsh      the same for LSH attention, and dense attention of the same engine beside torch's
 #   make compare-toeplitz  linear attention with relative positions beside torch's ways to write it
 #   make compare-reversible  reversible layers beside plain autograd, checkpointing and other packages
+#   make compare-reformer  a training step of the Reformer beside other packages
+#   make compare-modules  layers, encoders and "auto" beside torch's
 #   make gpu              tests and benchmarks of a machine with an NVIDIA GPU, one JSON in bench/results/
 #   make lint             ruff
 #   make kernels-check    every CUDA and Triton kernel compiled ahead of time
@@ -34,7 +36,8 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 TORCH_READY := $(STAMPS)/$(call tag,$(TORCH))
 
-.PHONY: help demo test bench compare compare-favor compare-lsh compare-toeplitz compare-reversible gpu lint kernels-check wheel-check clean
+COMPARISONS := compare compare-favor compare-lsh compare-toeplitz compare-reversible compare-reformer compare-modules
+.PHONY: help demo test bench $(COMPARISONS) gpu lint kernels-check wheel-check clean
 .SECONDARY:
 
 help:
@@ -71,6 +74,12 @@ compare-toeplitz: $(STAMPS)/built-dev
 
 compare-reversible: $(STAMPS)/built-dev
 	$(PY) bench/compare_reversible.py $(ARGS)
+
+compare-reformer: $(STAMPS)/built-dev
+	$(PY) bench/compare_reformer.py $(ARGS)
+
+compare-modules: $(STAMPS)/built-dev
+	$(PY) bench/compare_modules.py $(ARGS)
 
 gpu: $(STAMPS)/built-dev
 	$(PY) bench/gpu.py $(ARGS)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import longattn
-from longattn.nn import ReversibleBlock, ReversibleSequence
+from longattn.nn import ChunkedFeedForward, ReversibleBlock, ReversibleSequence
 
-OURS = ("longattn", "longattn exact")
+OURS = ("longattn", "longattn chunked", "longattn exact")
 
 
 class Case(NamedTuple):
@@ -100,8 +100,19 @@ class _Checkpointed(nn.Module):
         return (x1 + x2) / 2
 
 
-def ours(case: Case, exact: bool = False, reversible: bool = True) -> nn.Module:
-    blocks = [ReversibleBlock(f, g, exact=exact) for f, g in branches(case)]
+def _chunked(g: nn.Sequential, chunk_size: int) -> nn.Module:
+    """The same feed-forward layer through the tokens in chunks."""
+    norm, up, _, down = g
+    made = ChunkedFeedForward(up.in_features, up.out_features, chunk_size=chunk_size)
+    made.up, made.down = up, down
+    return nn.Sequential(norm, made)
+
+
+def ours(case: Case, exact: bool = False, reversible: bool = True, chunks: int = 1) -> nn.Module:
+    pairs = branches(case)
+    if chunks > 1:
+        pairs = [(f, _chunked(g, -(-case.n // chunks))) for f, g in pairs]
+    blocks = [ReversibleBlock(f, g, exact=exact) for f, g in pairs]
     return ReversibleSequence(blocks, reversible=reversible)
 
 
@@ -132,6 +143,7 @@ def memcnn(case: Case) -> nn.Module:
 
 STACKS = {
     "longattn": ours,
+    "longattn chunked": functools.partial(ours, chunks=8),
     "longattn exact": functools.partial(ours, exact=True),
     "plain": functools.partial(ours, reversible=False),
     "checkpoint": _Checkpointed,
