@@ -6,6 +6,7 @@ Kitaev et al. 2020 (arXiv 2001.04451).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..nn.local import Local
 from ..nn.lsh import LSH, LSHSelfAttention
 from ..nn.mechanisms import Exact, Linear, Mechanism
 from ..nn.positions import AxialPositionalEmbedding, Rotary
+from ..nn.replay import made_again
 from ..nn.reversible import ReversibleBlock, ReversibleSequence
 from ..ops import _check, _lsh
 from .decoding import Cache, cache_of
@@ -102,8 +104,11 @@ class AttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, caches: list[Cache] | None = None) -> Tensor:
         y = self.norm(x)
-        y = self.attention(y, key_padding_mask) if caches is None else self._decode(y, caches[self.layer])
-        return self.dropout(y)
+        if caches is not None:
+            return self._decode(y, caches[self.layer])
+        # attention is where a step needs most memory
+        with made_again(y, functools.partial(self.norm, x)):
+            return self.dropout(self.attention(y, key_padding_mask))
 
     def _decode(self, y: Tensor, cache: Cache) -> Tensor:
         a = self.attention

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ops import _check
 from ..ops._dispatch import without_autocast
 from ..ops._prefix import accumulator
-from .replay import Autocast, Draws, Ran, awaited, first_run, gpus_of, gradients, once, replay, trained
+from .replay import Autocast, Draws, Graph, Ran, awaited, first_run, gpus_of, gradients, once, replay, trained
 
 # name -> the function, and whether half of the hidden width gates the other
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -49,7 +49,7 @@ class _Gradients:
         needs_rows = self.drows is not None
         x = self.rows[piece].detach().requires_grad_(needs_rows)
         y = layer._whole(x)
-        found = gradients(y, [x] * needs_rows + self.wanted, grad)
+        found = gradients(Graph.of(y), [x] * needs_rows + self.wanted, grad)
         with torch.no_grad():
             if needs_rows:
                 self.drows[piece] = 0 if found[0] is None else found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -151,6 +151,29 @@ def replay(autocast: Autocast, draws: Draws | None, gradient: Tensor | None = No
             found.restore()
 
 
+def made_again(result: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractContextManager:
+    """Inside, autograd does not keep `result` for what is computed from it: the backward pass calls `make` each time.
+
+    For what is cheap to make and as large as a stream. It must come out the same; nothing happens in torch.compile.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not result.numel():
+        return contextlib.nullcontext()
+    address, numel, dtype = result.data_ptr(), result.numel(), result.dtype
+
+    def pack(x: Tensor):
+        if x.numel() == numel and x.dtype == dtype and x.is_contiguous() and x.data_ptr() == address:
+            return x.shape
+        return x
+
+    def unpack(kept):
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return make().to(dtype).reshape(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 @contextlib.contextmanager
 def without_hooks(tensors: list[Tensor]) -> Iterator[None]:
     """Gradients taken inside a node pass these tensors' hooks by; they run on what the node returns."""
@@ -164,12 +187,24 @@ def without_hooks(tensors: list[Tensor]) -> Iterator[None]:
             hooks.update(kept)
 
 
-def gradients(output: Tensor, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor | None]:
+class Graph(NamedTuple):
+    """Where a result came from, without the result: its memory is free once nobody else holds it. edge: None where
+    nothing depends on what has a gradient."""
+
+    edge: torch.autograd.graph.GradientEdge | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, output: Tensor) -> Graph:
+        return cls(torch.autograd.graph.get_gradient_edge(output) if output.requires_grad else None, output.dtype)
+
+
+def gradients(graph: Graph, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor | None]:
     """torch.autograd.grad, where there may be nothing to take: no gradient came, or none is wanted, or none depends."""
-    if grad is None or not inputs or not output.requires_grad:
+    if grad is None or not inputs or graph.edge is None:
         return [None] * len(inputs)
-    grad = grad if grad.dtype == output.dtype else grad.to(output.dtype)
+    grad = grad if grad.dtype == graph.dtype else grad.to(graph.dtype)
     if not any(x._backward_hooks for x in inputs):
-        return [*torch.autograd.grad(output, inputs, grad, allow_unused=True)]
+        return [*torch.autograd.grad(graph.edge, inputs, grad, allow_unused=True)]
     with without_hooks(inputs):
-        return [*torch.autograd.grad(output, inputs, grad, allow_unused=True)]
+        return [*torch.autograd.grad(graph.edge, inputs, grad, allow_unused=True)]

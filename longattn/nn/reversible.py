@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..ops import _check
 from ..ops import reversible as op
-from .replay import Autocast, Draws, Ran, first_run, gpus_of, gradients, once, replay, trained
+from .replay import Autocast, Draws, Graph, Ran, first_run, gpus_of, gradients, once, replay, trained
 
 MERGES = ("mean", "cat", None)
 
@@ -128,9 +128,10 @@ class _Block(torch.autograd.Function):
             with replay(call.autocast, draws, grad):
                 y = call.branch(module, z, kwargs)
             op.add(other, y.detach(), grid, True, call.impl, inplace=True)
+            graph, y = Graph.of(y), None
             if not through:
-                return None, gradients(y, wanted, grad)
-            dz, *rest = gradients(y, [z, *wanted], grad)
+                return None, gradients(graph, wanted, grad)
+            dz, *rest = gradients(graph, [z, *wanted], grad)
             return dz, rest
 
         dz, of_g = pull(block.g, y1, y2, g_kwargs, ctx.draws[1], d2, True)
