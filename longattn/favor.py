@@ -131,8 +131,9 @@ class Favor(nn.Module):
         self.head_dim, self.n_features, self.kind = head_dim, n_features, kind
         self.orthogonal, self.scaling, self.normalize, self.seed = orthogonal, scaling, normalize, seed
         self.center_keys, self.exact_diagonal = center_keys, exact_diagonal
+        self._log_temperature = math.log(temperature)
         self.register_buffer("projection", self._draw(0).to(device))
-        log_temperature = torch.tensor(math.log(temperature), dtype=torch.float32, device=device)
+        log_temperature = torch.tensor(self._log_temperature, dtype=torch.float32, device=device)
         if learn_temperature:
             self.log_temperature = nn.Parameter(log_temperature)
         else:
@@ -224,7 +225,14 @@ class Favor(nn.Module):
             y = fn(x)
             return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
 
-        return super()._apply(kept, recurse)
+        had_memory = not self.projection.is_meta
+        super()._apply(kept, recurse)
+        if not had_memory and not self.projection.is_meta:
+            # to_empty has left anything in it, and a checkpoint of another attention has none of this
+            self.redraw(0)
+            with torch.no_grad():
+                self.log_temperature.fill_(self._log_temperature)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # the mean is there only after `calibrate`, here or where the file was written

@@ -319,6 +319,22 @@ def test_padding_mask_that_biases_is_refused_by_an_efficient_mechanism(value, ef
         module(x, x, x, mask)
 
 
+def test_a_mask_that_learns_is_refused_by_an_efficient_mechanism(efficient):
+    x = draw(2, 5, E)
+    causal = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).double().requires_grad_()
+    padding = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
+    for masks, sentence in (
+        ({"attn_mask": causal}, "cannot honour this attn_mask"),
+        ({"key_padding_mask": padding}, "0 and -inf; others, and those that require a gradient, would be added"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            build(efficient)(x, x, x, **masks)
+        # where there is a choice, exact attention takes it
+        auto = build(longattn.Auto(efficient, break_even=0)) if efficient != "favor" else build("auto")
+        auto(x, x, x, **masks)[0].square().sum().backward()
+        assert next(iter(masks.values())).grad.abs().max() > 0
+
+
 def test_weights_are_formed_up_to_a_limit(monkeypatch, efficient):
     assert attention.WEIGHTS_LIMIT == 2**22
     monkeypatch.setattr(attention, "WEIGHTS_LIMIT", 10)
@@ -340,6 +356,7 @@ def test_weights_are_formed_up_to_a_limit(monkeypatch, efficient):
         (constructor(E, H, mechanism=longattn.Linear), TypeError, "mechanism must be a name or a description such as"),
         (constructor(E, H, mechanism=EFFICIENT, add_bias_kv=True), ValueError, "need mechanism='exact', got Linear()"),
         (constructor(E, H, mechanism=EFFICIENT, add_zero_attn=True), ValueError, "add_bias_kv and add_zero_attn need"),
+        (call(*[ONE.cfloat()] * 3, options={"dtype": torch.complex64}), TypeError, "no softmax of complex numbers"),
         (call(ONE, ONE[:1], ONE[:1]), ValueError, "query and key must share the batch size, got 2 and 1"),
         (
             call(ONE, TWO, TWO, is_causal=True, options={"mechanism": EFFICIENT}),

@@ -203,6 +203,18 @@ def test_a_bias_of_another_dtype_is_added():
     torch.testing.assert_close(ours(x, x, x)[0], theirs(x, x, x)[0])
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
+def test_a_mask_that_learns_gets_torchs_gradient_where_it_is_zero_yet(name, need_weights):
+    x, found = draw(2, 5, E), []
+    for module in pair():
+        mask = torch.zeros(2 if name == "key_padding_mask" else 5, 5).double().requires_grad_()
+        module(x, x, x, need_weights=need_weights, **{name: mask})[0].square().sum().backward()
+        found.append(mask.grad)
+    torch.testing.assert_close(*found)
+    assert found[0].abs().max() > 0
+
+
 def test_hinted_mask_is_taken_for_the_causal_one(mechanism):
     module, x = build(mechanism), draw(2, 5, E)
     expected = module(x, x, x, need_weights=False, is_causal=True)[0]
@@ -336,6 +348,9 @@ def test_meta_device_and_dtype_are_honoured(mechanism):
         call(ONE[..., :8], ONE[..., :8], ONE[..., :8]),
         call(ONE, ONE, TWO),
         call(ONE, TWO[..., :8], ONE, options={"kdim": 8}),
+        call(ONE, TWO, TWO, options={"kdim": 8}),
+        call(ONE, TWO, TWO, options={"vdim": 8}),
+        call(ONE, ONE, ONE, options={"dropout": 1.5}),
         call(ONE, ONE, ONE, torch.zeros(2, 5, dtype=torch.int64)),
         call(ONE, ONE, ONE, attn_mask=torch.zeros(5, 5, dtype=torch.uint8)),
         call(ONE, ONE, ONE, torch.zeros(5, dtype=torch.bool)),

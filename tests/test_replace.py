@@ -331,6 +331,8 @@ BAD = {
         lambda: replace_attention(Block(), LINEAR, where=["norm"]), ValueError,
         "where names 'norm', which is no attention of this model; it has 'attention'",
     ),
+    "number": (lambda: replace_attention(Block(), LINEAR, where=3), TypeError, "or names, got int 3"),
+    "restored": (lambda: restore_attention(3), TypeError, "restore_attention: model must be an nn.Module, got int 3"),
     "pattern": (lambda: replace_attention(Block(), LINEAR, where="("), ValueError, "'(' is no regular expression"),
     "mechanism": (lambda: replace_attention(Block(), "quick"), ValueError, "mechanism must be one of 'exact'"),
     "device": (
@@ -344,6 +346,29 @@ BAD = {
 def test_what_cannot_be_replaced_is_refused_in_a_sentence(call, error, sentence):
     with pytest.raises(error, match=re.escape(sentence)):
         call()
+
+
+@pytest.mark.parametrize("mechanism", [longattn.LSH(), "favor", LINEAR], ids=repr)
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_model_without_memory_comes_to_life(assign, mechanism):
+    source, model = Block().eval(), Block().to("meta")
+    with torch.device("meta"):
+        replace_attention(model, mechanism, report=False)
+    model = model.eval() if assign and mechanism != "favor" else model.eval().to_empty(device="cpu")
+    model.load_state_dict(source.state_dict(), assign=assign)
+    replace_attention(source, mechanism, report=False)
+    x = draw(2, 9, E)
+    assert torch.equal(model(x), source(x))
+
+
+def test_memory_may_come_after_a_replacement_of_what_draws_nothing():
+    model = Block().to("meta")
+    replace_attention(model, longattn.LSH(), report=False)
+    model.to_empty(device="cpu").load_state_dict(Block().state_dict())
+    assert model.train()(draw(2, 9, E)).isfinite().all()
+    assert model.attention.draws.step == 1
+    with pytest.raises(ValueError, match="got meta and cpu; do this once the weights have memory"):
+        replace_attention(Block().to("meta"), "favor")
 
 
 def test_a_refused_replacement_changes_nothing():

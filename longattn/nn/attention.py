@@ -280,6 +280,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise AssertionError(f"key's sequence and batch dims {k[:2]} do not match value's {v[:2]}")
         if self.in_proj_weight is not None and k != v:
             raise AssertionError(f"key shape {k} does not match value shape {v}")
+        for name, x, weight in (("key", key, self.k_proj_weight), ("value", value, self.v_proj_weight)):
+            if weight is not None and weight.shape != (expected := (self.embed_dim, x.shape[-1])):
+                raise AssertionError(f"expecting {name} weights shape of {expected}, but got {weight.shape}")
         if k[1] != B:
             came = f"got {B} and {k[1]} with batch_first={self.batch_first}"
             _check.fail(OP, f"query and key must share the batch size, {came}")

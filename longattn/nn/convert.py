@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from ..favor import Favor
 from ..ops import _check
 from .attention import KEEP_OUT, MultiheadAttention, refusal
+from .draws import Draws
 from .mechanisms import Mechanism, resolve
 
 # where an attention keeps what it was before `take_over`
@@ -59,11 +60,13 @@ def place(modules: Iterable[nn.Module], mha: nn.MultiheadAttention, op: str) -> 
     weight = mha.out_proj.weight
     for module in modules:
         places = {x.device for x in (*module.parameters(), *module.buffers())}
-        if weight.device.type != "meta" and places == {torch.device("cpu")}:
+        # steps lose nothing without memory, what was drawn does
+        if places == {torch.device("cpu")} and (weight.device.type != "meta" or isinstance(module, Draws)):
             module.to(weight.device)
         elif places - {weight.device}:
             came = f"got {weight.device} and {', '.join(sorted(map(str, places)))}"
             remedy = "give each device a mechanism of its own"
+            remedy = "do this once the weights have memory" if weight.is_meta else remedy
             _check.fail(op, f"the mechanism must be on the device of the weights, {came}; {remedy}")
         module.train(mha.training)
 

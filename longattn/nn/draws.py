@@ -93,6 +93,13 @@ class Draws(nn.Module):
         """`step` on the CPU."""
         return self._count
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # to_empty leaves anything in it
+        if not (self.step.is_meta or self.step.is_inference()):
+            self.step.copy_(self._count)
+        return self
+
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # a checkpoint of another attention has no steps
         saved = state_dict.get(prefix + "step")

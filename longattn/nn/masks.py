@@ -57,14 +57,17 @@ def padding(key_padding_mask: Tensor | None, mechanism: Mechanism) -> tuple[Tens
     padded = key_padding_mask == -torch.inf
     plain = (padded | (key_padding_mask == 0)).all()
     if mechanism.takes_attn_mask:
-        # reading a value on a GPU waits for it, and there is nothing to gain there
-        known = _readable(plain) and plain.device.type == "cpu" and bool(plain)
-        return padded, None if known else key_padding_mask
+        # one that learns is added even where it is 0 yet; reading a value on a GPU waits for it, and there is nothing
+        # to gain there
+        fixed = not key_padding_mask.requires_grad and _readable(plain) and plain.device.type == "cpu"
+        return padded, None if fixed and bool(plain) else key_padding_mask
     sentence = (
-        f"{mechanism!r} takes a key_padding_mask that is bool, or float with values 0 and -inf; others would be added "
-        "to softmax scores, for which there is mechanism='exact'"
+        f"{mechanism!r} takes a key_padding_mask that is bool, or float with values 0 and -inf; others, and those that "
+        "require a gradient, would be added to softmax scores, for which there is mechanism='exact'"
     )
-    if not _readable(plain):
+    if key_padding_mask.requires_grad:
+        _check.fail("MultiheadAttention", sentence)
+    elif not _readable(plain):
         torch._assert_async(plain, f"MultiheadAttention: {sentence}")
     elif not plain:
         _check.fail("MultiheadAttention", sentence)
@@ -75,8 +78,10 @@ def are_plain(key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_caus
     """Whether efficient mechanisms take these, as far as can be seen; attn_mask is not the causal one."""
     if attn_mask is not None or (is_causal and L != S):
         return False
-    if key_padding_mask is None or key_padding_mask.dtype == torch.bool or not _readable(key_padding_mask):
+    if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
         return True
+    if key_padding_mask.requires_grad or not _readable(key_padding_mask):
+        return not key_padding_mask.requires_grad
     return bool(((key_padding_mask == 0) | (key_padding_mask == -torch.inf)).all())
 
 
@@ -136,8 +141,8 @@ def _readable(x: Tensor) -> bool:
 
 
 def is_the_causal_one(mask: Tensor, L: int, S: int) -> bool:
-    """Whether an attn_mask says no more than is_causal does, as far as can be seen."""
-    if L != S or not _readable(mask):
+    """Whether an attn_mask says no more than is_causal does, as far as can be seen, and will not learn to."""
+    if L != S or mask.requires_grad or not _readable(mask):
         return False
     blocked = mask if mask.dtype == torch.bool else mask == -torch.inf
     upper = torch.ones(L, S, dtype=torch.bool, device=mask.device).triu(1)

@@ -128,6 +128,8 @@ class Exact(Mechanism, name="exact"):
         return self.attend_with_weights(q, k, k, dropout_p=0.0, **masks)[1]
 
     def attend_with_weights(self, q, k, v, *, is_causal, key_padding_mask, dropout_p, attn_mask=None):
+        if q.is_complex():
+            _check.fail("MultiheadAttention", f"there is no softmax of complex numbers, got {q.dtype}", TypeError)
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
         return _dense.attend(q, k, v, dropout_p=dropout_p, nan_compat=self.nan_compat, **masks)
 

@@ -110,6 +110,8 @@ def replace_attention(
 def restore_attention(model: nn.Module) -> list[str]:
     """Undoes `replace_attention`, all of them if there were several: classes, hooks, encoders and what an attention of
     ours computed before. Returns the names of the modules that changed back; none is no error."""
+    if not isinstance(model, nn.Module):
+        _check.fail("restore_attention", f"model must be an nn.Module, got {_check.describe(model)}", TypeError)
     restored = []
     for name, module in model.named_modules():
         if KEPT not in module.__dict__:
@@ -133,6 +135,9 @@ def _chosen(attentions: list[nn.Module], names: dict[nn.Module, list[str]], wher
         found = [x for x in attentions if any(pattern.search(name) for name in names[x])]
     elif callable(where):
         found = [x for x in attentions if any(where(name, x) for name in names[x])]
+    elif not isinstance(where, Iterable):
+        expected = "a function of name and module, a regular expression or names"
+        _check.fail(OP, f"where must be {expected}, got {_check.describe(where)}", TypeError)
     else:
         wanted, known = list(where), {name for x in attentions for name in names[x]}
         missing = [name for name in wanted if name not in known]

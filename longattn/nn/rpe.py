@@ -73,6 +73,8 @@ class RelativeBias(nn.Module):
         check_bias_options("RelativeBias", max_distance, init, n_buckets, bidirectional)
         if type(num_heads) is not int or num_heads < 1:
             _check.fail("RelativeBias", f"num_heads must be a positive integer, got {num_heads!r}")
+        if dtype is not None and dtype not in _check.DTYPES:
+            _check.fail("RelativeBias", f"dtype must be float32, bfloat16, float16 or float64, got {dtype}", TypeError)
         self.num_heads, self.max_distance, self.clipped, self.init = num_heads, max_distance, bool(clipped), init
         self.n_buckets, self.bidirectional = n_buckets, bool(bidirectional)
         columns = n_buckets if init == "t5" else 2 * self.reach + 1
@@ -81,7 +83,6 @@ class RelativeBias(nn.Module):
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)
-        self.register_buffer("bucket", self._buckets() if init == "t5" else None, persistent=False)
         self.reset_parameters()
 
     @property
@@ -92,7 +93,11 @@ class RelativeBias(nn.Module):
     def _offsets(self) -> Tensor:
         return torch.arange(-self.reach, self.reach + 1, device=self.weight.device)
 
-    def _buckets(self) -> Tensor:
+    @property
+    def bucket(self) -> Tensor | None:
+        """Of "t5": which column of the weight an offset has. Not kept: no way to load or move weights can lose it."""
+        if self.init != "t5":
+            return None
         return t5_buckets(self._offsets(), self.n_buckets, self.max_distance, self.bidirectional)
 
     @torch.no_grad()
@@ -103,7 +108,7 @@ class RelativeBias(nn.Module):
             self.weight.sub_(slopes[:, None] * self._offsets().abs())
 
     def forward(self) -> Tensor:
-        return self.weight if self.bucket is None else self.weight[:, self.bucket]
+        return self.weight[:, self.bucket] if self.init == "t5" else self.weight
 
     def extra_repr(self) -> str:
         shown = [f"{self.num_heads}, {self.max_distance}, init={self.init!r}"]
