@@ -46,7 +46,7 @@ help:
 demo: $(STAMPS)/built-cli
 	$(PY) -m longattn demo $(ARGS)
 
-# tests hold torch to one thread: each core takes a stretch of them, where pytest-xdist is there to deal them out
+# tests hold torch to one thread and compilers have one: each core takes a stretch of them, where pytest-xdist is there to deal them out
 PARALLEL = $(shell $(PY) -c "import psutil, xdist" 2>/dev/null && \
 	echo --numprocesses logical --maxprocesses 8 --dist worksteal)
 
@@ -55,7 +55,7 @@ test: $(STAMPS)/built-dev
 	$(PY) -m pytest tests --ignore=tests/test_aot.py $(PARALLEL) $(ARGS)
 
 kernels-check: $(STAMPS)/built-dev
-	$(PY) -m pytest tests/test_aot.py $(ARGS)
+	$(PY) -m pytest tests/test_aot.py $(PARALLEL) $(ARGS)
 
 bench: $(STAMPS)/built-dev
 	$(PY) -m pytest bench --benchmark-json=bench/results/$$(date +%F)-micro.json $(ARGS)

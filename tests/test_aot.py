@@ -30,17 +30,18 @@ FAVOR_CASES = {
     100: ("bfloat16,64,64,causal,state,positive,256,estimated",),
 }
 
-# tile attention: LSH of one set of rows or of two, dense, or local; the hash rides with the first
+# tile attention: LSH of one set of rows or of two, dense, local, or biased by offset; the hash rides with the first
 SOFTMAX_CASES = {
-    80: ("bfloat16,64,64,causal,shared",),
+    80: ("bfloat16,64,64,causal,shared", "bfloat16,64,64,causal,biased dense"),
     90: (
         "bfloat16,64,64,causal,shared",
         "bfloat16,128,128,causal,shared",
         "float32,64,64,causal,shared",
         "bfloat16,64,64,causal,dense",
         "bfloat16,64,64,causal,local",
+        "bfloat16,64,64,whole,biased local",
     ),
-    100: ("bfloat16,64,64,causal,shared",),
+    100: ("bfloat16,64,64,causal,shared", "bfloat16,64,64,causal,biased dense"),
 }
 # relative positions, and features of their own
 TOEPLITZ_CASES = {
@@ -75,7 +76,7 @@ def test_favor_kernels_compile_without_spills(capability):
 @pytest.mark.parametrize("capability", SOFTMAX_CASES)
 def test_tile_attention_compiles_without_spills(capability):
     compiled = compile_cases(capability, SOFTMAX_CASES[capability])
-    for kernel in ("flags_kernel", "forward_kernel", "delta_kernel", "gradient_kernel", "hash_kernel"):
+    for kernel in ("flags_kernel", "forward_kernel", "delta_kernel", "gradient_kernel", "bias_kernel", "hash_kernel"):
         assert kernel in compiled
 
 
