@@ -63,7 +63,9 @@ def model_of(name: str, case: Case) -> nn.Module:
         return longattn.nn.MultiheadAttention(case.dim, case.H, batch_first=True, mechanism=mechanism)
     layer = nn.TransformerEncoderLayer(case.dim, case.H, case.hidden, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, case.layers, enable_nested_tensor=False)
-    return model if name == "torch" else longattn.replace_attention(model, mechanism, report=False)
+    if name != "torch":
+        longattn.replace_attention(model, mechanism, report=False)
+    return model
 
 
 def stepper(name: str, case: Case, x: Tensor):

@@ -49,7 +49,7 @@ def check_agreement(names: list[str]) -> list[str]:
 
 
 def how(run: Run) -> dict:
-    return {"seconds": 0, "rounds": (2, 2)} if run.options.quick else {"seconds": 60, "rounds": (3, 7)}
+    return {"seconds": 0, "rounds": (2, 2)} if run.options.quick else {"seconds": 30, "rounds": (2, 7)}
 
 
 def table_part(run: Run) -> None:
