@@ -164,7 +164,7 @@ ToeplitzProblem toeplitz_problem(const py::dict& fields) {
   x.cu_seqlens = get("cu_seqlens"), x.workspace = get("workspace");
   x.reach = fields["reach"].cast<int64_t>(), x.offset = fields["offset"].cast<int64_t>();
   x.is_causal = fields["is_causal"].cast<bool>(), x.normalize = fields["normalize"].cast<bool>();
-  x.threads = fields["threads"].cast<int>();
+  x.fft = fields["fft"].cast<bool>(), x.threads = fields["threads"].cast<int>();
   return x;
 }
 

@@ -14,11 +14,13 @@ from longattn import (
     explain,
     linear_attention,
     linear_attention_with_state,
+    native,
     toeplitz_matvec,
 )
-from longattn.ops import _toeplitz, _toeplitz_fft
+from longattn.ops import _toeplitz, _toeplitz_fft, toeplitz
 from longattn.testing.assertions import assert_near, assert_same_bits
 from longattn.testing.cases import draw, qkv
+from longattn.testing.toeplitz import BY_NAME, build_toeplitz, run_toeplitz
 
 Q, K, V = qkv(L=6, D=4, E=5)
 BIAS = bias_of(reach=2)
@@ -207,11 +209,16 @@ def test_lengths_of_transforms_are_the_next_fast_ones():
         assert _toeplitz_fft.fast_length(n) == next(m for m in range(n, 2 * n + 1) if smooth(m) and m % step == 0)
 
 
-def test_blocks_of_any_size_give_the_same_function(monkeypatch, kernel, device):
-    q, k, v = qkv(L=100, device=device)
-    options = {"rpe_bias": bias_of(device=device), "rpe_method": "fft", "impl": kernel}
-    expected = linear_attention(q, k, v, **options)
-    # less than a row, a few rows, a few features
-    for size in (1, 5000, 30_000):
-        monkeypatch.setattr(_toeplitz_fft, "BLOCK_BYTES", size)
-        assert_near(linear_attention(q, k, v, **options), expected, 1e-5)
+@pytest.mark.parametrize("size", [1, 5000, 30_000, 8 << 20])
+@pytest.mark.parametrize("name", ["causal, GQA", "packed, causal=False", "random masked, causal=True"])
+def test_transforms_of_torch_give_what_ours_do(name, size, monkeypatch):
+    """Those run where there is no kernel, in blocks: less than a row, a few rows, a few features, all."""
+    if native.missing():
+        pytest.skip("there is no kernel")
+    inputs = build_toeplitz(BY_NAME[name], torch.float32)
+    ours = run_toeplitz(inputs, "cpu", "fft")
+    monkeypatch.setattr(_toeplitz_fft, "BLOCK_BYTES", size)
+    monkeypatch.setattr(toeplitz, "engine", lambda *way: _toeplitz_fft)
+    for name, x in run_toeplitz(inputs, "cpu", "fft").items():
+        assert_near(x, ours[name], 1e-4)
+        assert not torch.equal(x, ours[name])

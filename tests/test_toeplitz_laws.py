@@ -121,7 +121,7 @@ def test_packed_sequences_equal_separate_calls(is_causal, way, three_threads):
     assert_near(packed["dbias"], dbias, 1e-4)
 
 
-@local_ways
+@kernel_ways
 @modes
 def test_a_sequence_has_the_same_bits_alone(is_causal, way, three_threads):
     case = ToeplitzCase("batch", B=4, H=3, L=300, is_causal=is_causal, reach=50)
@@ -134,7 +134,7 @@ def test_a_sequence_has_the_same_bits_alone(is_causal, way, three_threads):
             assert_same_bits(name, together[name][i : i + 1], alone[name])
 
 
-@local_ways
+@kernel_ways
 def test_repeated_runs_and_any_number_of_threads_give_the_same_bits(way):
     inputs = build_toeplitz(ToeplitzCase("repeat", H=3, L=400, is_causal=True, reach=50), torch.float32, way.device)
     first = run_toeplitz(inputs, *way)

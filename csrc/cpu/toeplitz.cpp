@@ -1,5 +1,6 @@
 // Linear attention with a factor for each relative position.
 #include "kernels.h"
+#include "toeplitz_fft.h"
 #include "toeplitz_sweep.h"
 
 namespace longattn::LONGATTN_ISA {
@@ -69,7 +70,10 @@ void toeplitz_forward(const ToeplitzProblem& x, const ToeplitzForward& y) {
   expect_shape(y.out, "out", {B, Hq, L, x.v.size[3]}), expect_dtype(y.out, "out", x.v.dtype);
   expect(y.out.stride[3] == 1, "out must have rows without gaps");
   expect_shape(y.normalizer, "normalizer", {B, Hq, L}), expect_dtype(y.normalizer, "normalizer", working_type(x));
-  with_working_type(x, [&](auto t) { run<decltype(t), Pass::forward>(x, &y, nullptr); });
+  with_working_type(x, [&](auto t) {
+    if (x.fft) fft_forward<decltype(t)>(x, y);
+    else run<decltype(t), Pass::forward>(x, &y, nullptr);
+  });
 }
 void toeplitz_backward(const ToeplitzProblem& x, const ToeplitzBackward& y) {
   check(x);
@@ -92,6 +96,7 @@ void toeplitz_backward(const ToeplitzProblem& x, const ToeplitzBackward& y) {
   with_working_type(x, [&](auto t) {
     using T = decltype(t);
     load_gradients<T>(x, y);
+    if (x.fft) return fft_backward<T>(x, y);
     run<T, Pass::queries>(x, nullptr, &y);
     run<T, Pass::keys>(x, nullptr, &y);
   });
@@ -100,6 +105,7 @@ int64_t toeplitz_workspace(const ToeplitzProblem& x, bool backward) {
   check(x);
   return with_working_type(x, [&](auto t) {
     using T = decltype(t);
+    if (x.fft) return fft_workspace<T>(x, backward);
     if (!backward) return ToeplitzSweep<T, Pass::forward>(x, nullptr, nullptr).workspace();
     return std::max(ToeplitzSweep<T, Pass::queries>(x, nullptr, nullptr).workspace(),
                     ToeplitzSweep<T, Pass::keys>(x, nullptr, nullptr).workspace());

@@ -15,6 +15,7 @@ struct ToeplitzProblem {
   int64_t reach = 0;       // offsets beyond it have the factor at the end
   int64_t offset = 0;      // position of the first query among the keys
   bool is_causal = false, normalize = false;
+  bool fft = false;        // by Fourier transforms; results then hold 0 before
   int threads = 1;
   View workspace;          // bytes: toeplitz_workspace(...)
 };

@@ -22,15 +22,20 @@ def _run(name: str, tensors: dict, options: dict, backward: bool, results: dict)
     getattr(extension(), name)(problem, {name: view(x) for name, x in results.items() if x is not None})
 
 
-def forward(q, k, v, c, mask, cu_seqlens, **options):
-    """-> out `[B, Hq, L, E]` in v's dtype, normalizer `[B, Hq, L]`"""
+def forward(q, k, v, c, mask, cu_seqlens, *, fft: bool = False, **options):
+    """-> out `[B, Hq, L, E]` in v's dtype, normalizer `[B, Hq, L]`; fft: by Fourier transforms"""
     tensors = {"q": q, "k": k, "v": v, "c": c, "mask": mask, "cu_seqlens": cu_seqlens}
     out, normalizer = empty((*q.shape[:3], v.shape[3]), v.dtype), torch.empty(q.shape[:3], dtype=q.dtype)
-    _run("toeplitz_forward", tensors, options, False, {"out": out, "normalizer": normalizer})
+    if fft:
+        # queries of a sequence without keys belong to none of its pieces
+        out.zero_(), normalizer.zero_()
+    _run("toeplitz_forward", tensors, {**options, "fft": fft}, False, {"out": out, "normalizer": normalizer})
     return out, normalizer
 
 
-def backward(grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, normalizer, **options):
+def backward(
+    grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, normalizer, *, fft: bool = False, **options
+):  # fmt: skip
     """-> dq, dk, dv, dc"""
     tensors = {"q": q, "k": k, "v": v, "c": c, "mask": mask, "cu_seqlens": cu_seqlens}
     (B, Hq, L, _), (H, S, M), E = q.shape, k.shape[1:], v.shape[3]
@@ -38,12 +43,16 @@ def backward(grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, norma
     results = {
         "dq": empty(q.shape, q.dtype),
         "dk": empty((B, Hq, S, M), k.dtype),
-        "dv": empty((B, Hq, S, E), v.dtype if one_each else q.dtype),
+        # pieces of a sequence add to it one after the other
+        "dv": empty((B, Hq, S, E), v.dtype if one_each and not fft else q.dtype),
         "dc": torch.empty(c.shape, dtype=c.dtype),
     }
+    if fft:
+        for x in results.values():
+            x.zero_()
     given = {"grad_out": grad_out, "grad_normalizer": grad_normalizer, "out": out, "normalizer": normalizer}
     given["rows"] = empty((B, Hq, L, E + 1), q.dtype)
-    _run("toeplitz_backward", tensors, options, True, {**given, **results})
+    _run("toeplitz_backward", tensors, {**options, "fft": fft}, True, {**given, **results})
     dq, dk, dv, dc = results.values()
     if not one_each:
         dk, dv = (x.unflatten(1, (H, Hq // H)).sum(2) for x in (dk, dv))

@@ -1,4 +1,5 @@
-"""Toeplitz products by FFT, and linear attention with relative positions by them: rpe_method="fft", on every device.
+"""Toeplitz products by torch's FFT, and linear attention with relative positions by them: rpe_method="fft" where
+csrc/cpu/toeplitz_fft.cpp does not run.
 
 For features f and value columns e, sum_j c_t k_jf v_je is a Toeplitz product along the sequence, and the output
 contracts it with q_if. The tensor of all n M E of them is never made: blocks of a few (f, e) at a time, rows along n,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..favor import Favor
 from ..native import toeplitz as native_toeplitz
+from ..native import toeplitz_fft as native_fft
 from ..reference import toeplitz as reference
 from ..state import ToeplitzState
 from . import _check, _dispatch, _toeplitz, _toeplitz_fft
@@ -32,7 +33,7 @@ class Options(NamedTuple):
 def engine(impl: str, method: str):
     """The module whose `forward` and `backward` run this op; they share one signature."""
     if method == "fft":
-        return _toeplitz_fft
+        return native_fft if impl == "cpu" else _toeplitz_fft
     if impl == "triton":
         from ..kernels import toeplitz as triton_toeplitz
 
