@@ -1,11 +1,14 @@
 """The Reformer model: what it is made of, how it writes, its files, and the weights of Hugging Face."""
 
+import contextlib
 import os
 import sys
 
 import pytest
 import torch
 from _reformer import config, reformer, text
+from _reversible import Live
+from torch.utils.checkpoint import checkpoint
 
 import longattn
 from longattn.models.reformer import Reformer, _choose
@@ -49,6 +52,30 @@ def test_reversible_or_not_the_numbers_are_the_same(options):
     found, expected = (gradients(m, loss) for m, loss in zip(models, losses, strict=True))
     for name, x in expected.items():
         assert (found[name] - x).abs().max() <= 1e-5 * x.abs().max().clamp(min=1e-3), name
+
+
+def held(model, call):
+    """Bytes beside the parameters: of what is alive after `call`, and at most."""
+    with Live() as live:
+        live.known |= {p.untyped_storage()._cdata: None for p in model.parameters()}
+        kept = call()  # noqa: F841
+        return live.now, live.peak
+
+
+def test_the_normed_rows_are_not_kept_while_attention_is_undone(monkeypatch):
+    model, tokens = reformer(mechanisms=("exact",), max_length=512, hidden=8), text(L=400)
+    _, least = held(model, lambda: model.features(tokens).sum().backward())
+    monkeypatch.setattr("longattn.models.reformer.made_again", lambda *_: contextlib.nullcontext())
+    _, most = held(model, lambda: model.features(tokens).sum().backward())
+    assert most - least >= 0.9 * 8 * tokens.numel() * model.config.dim
+
+
+def test_a_plain_model_leaves_what_is_kept_to_torchs_checkpoint():
+    model, tokens = reformer(mechanisms=("exact", "local"), reversible=False), text(L=48)
+    plain, _ = held(model, lambda: model.features(tokens))
+    found, _ = held(model, lambda: checkpoint(model.features, tokens, use_reentrant=False))
+    # the features alone
+    assert found <= 1.1 * 8 * tokens.numel() * model.config.dim < plain / 8
 
 
 @pytest.mark.parametrize("options", [{}, {"merge": "cat", "tied": False}])

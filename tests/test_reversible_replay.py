@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import longattn
-from longattn.nn import LSHSelfAttention, ReversibleBlock, ReversibleSequence
+from longattn.nn import LSHSelfAttention, ReversibleBlock, ReversibleSequence, replay
 from longattn.testing.assertions import assert_near, assert_same_bits
 from longattn.testing.cases import draw
 
@@ -194,6 +195,72 @@ def test_recomputing_is_true_in_the_second_run_alone(x):
     del seen[:]
     stack(lambda: Keeper(branch(), seen), 2, reversible=False)(x).sum().backward()
     assert [again for again, _ in seen] == [False] * 4
+
+
+# what a replay makes again
+
+
+def replayed(x, use, make=torch.tanh):
+    """A branch's second run, where result = make(x) is made again and `use([result], weight)` multiplies by weight.
+
+    Returns weight's gradient, how often the result was made again, and whether it was gone before.
+    """
+    weight, calls = torch.full_like(x, 2.0).requires_grad_(), []
+
+    def again():
+        calls.append(longattn.recomputing())
+        return make(x)
+
+    with replay.replay(replay.Autocast.now("cpu"), None):
+        kept = [again()]
+        there = weakref.ref(kept[0])
+        with replay.made_again(kept[0], again):
+            loss = use(kept, weight).sum()
+    kept.clear()
+    gone = there() is None
+    (grad,) = torch.autograd.grad(loss, [weight])
+    assert all(calls)
+    return grad, len(calls) - 1, gone
+
+
+def test_what_is_made_again_is_not_kept_and_is_the_same(x):
+    grad, times, gone = replayed(x, lambda kept, w: kept[0] * w + (kept[0].view(-1, D) * w.view(-1, D)).view_as(w))
+    assert_same_bits("made twice", grad, 2 * torch.tanh(x))
+    assert (times, gone) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("use", "expected"),
+    [
+        (lambda kept, w: kept[0].clone() * w, torch.tanh),
+        # the memory of what nobody needs any more would be the next tensor's
+        (lambda kept, w: (kept.clear(), torch.full((2, L, D), 3.0) * w)[1], lambda x: torch.full_like(x, 3.0)),
+        (lambda kept, w: kept[0].mT.contiguous().mT * w, torch.tanh),
+        (lambda kept, w: kept[0].view(torch.int32).view(torch.float32).add_(1) * w, lambda x: torch.tanh(x) + 1),
+    ],
+    ids=["a copy", "another tensor in its place", "a copy in another order", "changed in place"],
+)
+def test_only_what_is_made_again_is_not_kept(use, expected, x):
+    grad, times, _ = replayed(x, use)
+    assert_same_bits("kept", grad, expected(x))
+    assert times == 0
+
+
+def test_rows_in_another_order_in_memory_are_kept(x):
+    grad, times, _ = replayed(x, lambda kept, w: kept[0].mT * w.mT, lambda x: torch.tanh(x).mT.contiguous().mT)
+    assert_same_bits("kept", grad, torch.tanh(x))
+    assert times == 0
+
+
+def test_what_is_kept_beside_it_must_not_change(x):
+    def use(kept, w):
+        other = kept[0] + 1
+        y = other * w
+        other.add_(1)
+        return y
+
+    with pytest.raises(RuntimeError, match=r"second run of a branch a .* tensor .* was changed in place"):
+        replayed(x, use)
 
 
 # data parallel

@@ -151,27 +151,43 @@ def replay(autocast: Autocast, draws: Draws | None, gradient: Tensor | None = No
             found.restore()
 
 
-def made_again(result: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractContextManager:
-    """Inside, autograd does not keep `result` for what is computed from it: the backward pass calls `make` each time.
+@contextlib.contextmanager
+def made_again(result: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, in a replay, autograd does not keep `result` for what is computed from it, but calls `make` each time.
 
-    For what is cheap to make and as large as a stream. It must come out the same; nothing happens in torch.compile.
+    For what is cheap to make and as large as a stream; make must return the same values. A first run is left alone,
+    where such hooks would stand before those of others (torch's checkpoint) and nobody may change what is kept.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not result.numel():
-        return contextlib.nullcontext()
-    address, numel, dtype = result.data_ptr(), result.numel(), result.dtype
+    if torch.compiler.is_compiling() or not (recomputing() and torch.is_grad_enabled() and result.numel()):
+        yield
+        return
+    first, whole, autocast = result._version, result.is_contiguous(), Autocast.now(result.device.type)
+    # until the end, so that its address is nobody else's, and no longer, as autograd keeps `pack` too
+    held = [result]
 
     def pack(x: Tensor):
-        if x.numel() == numel and x.dtype == dtype and x.is_contiguous() and x.data_ptr() == address:
-            return x.shape
-        return x
+        (y,) = held
+        same = x.data_ptr() == y.data_ptr() and (x.numel(), x.dtype) == (y.numel(), y.dtype)
+        if same and whole and x.is_contiguous() and x._version == first:
+            return x.shape, None
+        # without its graph, which would hold the node that holds it
+        return x.detach(), x._version
 
     def unpack(kept):
-        if isinstance(kept, Tensor):
-            return kept
-        with torch.no_grad():
-            return make().to(dtype).reshape(kept)
+        x, version = kept
+        if version is None:
+            with replay(autocast, None), torch.no_grad():
+                return make().reshape(x)
+        if x._version != version:
+            what = f"a {list(x.shape)} tensor that the backward pass needs was changed in place"
+            raise RuntimeError(f"ReversibleBlock: in the second run of a branch {what}; let it work on a copy")
+        return x
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        held.clear()
 
 
 @contextlib.contextmanager
