@@ -343,3 +343,22 @@ def test_a_reversible_layer_computes_each_chunk_twice_and_not_three_times(tail, 
     # seven chunks; where the layer is not the last its gradient is not known before
     assert len(runs) == (21 if any(isinstance(m, nn.Linear) for m in tail) else 14)
     assert all(torch.equal(a, b) for a, b in zip(ahead, gradients(False), strict=True))
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+def test_a_gradient_that_arrives_in_another_order_is_not_the_one_foreseen():
+    found = []
+    for foresees in (True, False):
+        torch.manual_seed(0)
+        layer = ChunkedFeedForward(16, 32, chunk_size=10)
+        layer._foresees = foresees
+        block = ReversibleBlock(nn.Linear(16, 16), nn.Sequential(layer, Transposed()))
+        x, weight = draw((1, 16, 16), (1, 16, 32))
+        # gradients that are halves of one tensor, as are those of merge="cat"
+        (torch.cat(block(x, x), -1) * weight).sum().backward()
+        found.append([p.grad for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -78,13 +78,15 @@ class _Chunks(torch.autograd.Function):
         ctx.ran, ctx.autocast = Ran.now(layer, parameters), Autocast.now(rows.device.type)
         ctx.draws = Draws.now(gpus_of(rows)) if layer.dropout > 0 and layer.training else None
         ctx.ahead, ahead = None, awaited() if layer._foresees and not ctx.autocast.casts else None
-        if ahead is not None and ahead.numel() == rows.numel() and ahead.dtype == rows.dtype:
+        fits = ahead is not None and ahead.numel() == rows.numel() and ahead.dtype == rows.dtype
+        grads = ahead.reshape(rows.shape) if fits else None
+        # a copy is freed, and its address then anybody's
+        if fits and grads.data_ptr() == ahead.data_ptr():
             _, needs_rows, *needs = ctx.needs_input_grad
             taken = _Gradients(rows, [p for p, need in zip(parameters, needs, strict=True) if need], needs_rows)
-            grads = ahead.reshape(rows.shape)
             with torch.enable_grad():
                 out = layer._by_chunks(rows, lambda piece: taken.chunk(layer, piece, grads[piece]))
-            ctx.ahead = _address(ahead), taken
+            ctx.ahead = _address(grads), taken
         else:
             with first_run(ctx.autocast):
                 out = layer._by_chunks(rows.detach())
@@ -113,7 +115,7 @@ class _Chunks(torch.autograd.Function):
 
 
 def _address(x: Tensor) -> tuple:
-    return x.data_ptr(), x.numel(), x.dtype, x.is_contiguous(), x._version
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
 
 
 def _pieces(n: int, size: int) -> list[slice]:
