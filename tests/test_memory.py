@@ -55,14 +55,15 @@ def test_a_reversible_layer_costs_its_parameters_gradients_and_optimiser_alone()
     shallow, deep = (budget(mechanisms="local", layers=n) for n in (6, 24))
     more = deep.parameters - shallow.parameters
     # parameters, gradients, Adam's two means, in float32
-    assert deep.peak().total - shallow.peak().total == 16 * more
+    assert deep.moments()[0].total - shallow.moments()[0].total == 16 * more
     plain = [budget(mechanisms="local", layers=n, reversible=False).peak().total for n in (6, 24)]
     # at least what enters norm, projections, attention, output and feed-forward of each layer
     assert plain[1] - plain[0] > 18 * 8 * deep.stream
 
 
 def test_tokens_and_chunks_cost_in_proportion():
-    first, second, batched = (budget(length=n, batch=b).peak() for n, b in ((8192, 1), (16384, 1), (8192, 2)))
+    sizes = ((8192, 1), (16384, 1), (8192, 2))
+    first, second, batched = (budget(length=n, batch=b).moments()[0] for n, b in sizes)
     for part in ("streams", "block"):
         assert first.parts[part] * 2 == second.parts[part] == batched.parts[part]
     narrow, wide = (budget(feed_forward_chunk=n).moments()[1].parts["block"] for n in (256, 512))

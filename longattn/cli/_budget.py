@@ -104,8 +104,10 @@ class Budget:
             hidden += self.stream
         else:
             hidden += self.rows + 2 * self.tokens * c.hidden * self.bytes
-        # in the kernel's backward pass: the gradient of the output has taken the place of the output by token
-        block = kept - self.stream + self._branch_output + projected * self.heads
+        # in the kernel's backward pass: the gradient of the output has taken the place of the output by token, and
+        # reversible layers make the norm again
+        block = kept - self.stream + self._cast_gradient + projected * self.heads
+        block -= self.stream if c.reversible and not self.casts else 0
         return Layer((attention, feed_forward), (kept, hidden), self._bookkeeping(mechanism), block)
 
     @property
@@ -114,9 +116,9 @@ class Budget:
         return chunk is not None and chunk < self.tokens
 
     @property
-    def _branch_output(self) -> int:
-        """A branch's output, which reversible layers hold on to, and its gradient where that is cast."""
-        return self.rows * (self.config.reversible + self.casts)
+    def _cast_gradient(self) -> int:
+        """Of a branch's output."""
+        return self.rows * self.casts
 
     def _bookkeeping(self, mechanism: str) -> int:
         """What attention keeps of a layer beside its rows."""
@@ -232,13 +234,15 @@ class Budget:
         if self._chunked:
             # the gradient of all rows; a chunk's output and gradient; sums of the parameters' gradients
             hidden += self.stream + 2 * chunk * c.dim * self.bytes
+            # all outputs, which such layers make while they take the gradients
+            hidden += self.stream if c.reversible and not self.casts else 0
             own *= 2
         return self._moment(
             "feed-forward",
             gradients=self._gradients(i, own),
             streams=self._streams(of_last=i == c.depth - 1),
             **kept,
-            block=normed + self.tokens * 2 * WIDE + self._branch_output + hidden,
+            block=normed + self.tokens * 2 * WIDE + self._cast_gradient + hidden,
         )
 
     def _loss(self) -> Moment:
