@@ -205,6 +205,32 @@ def test_ctrl_c_saves_and_exits_130(folder):
     assert run("--resume", "--steps", step + 1) == 0
 
 
+def start(*arguments, stdout):
+    given = ["--text", "[b]text$", "--output", "out", "--threads", "1", *map(str, arguments)]
+    command = [sys.executable, "-m", "longattn", "train", *given]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_reader_who_leaves_loses_no_step(folder):
+    with start(*TINY, "--steps", 10**6, "--every", 2, stdout=subprocess.PIPE) as process:
+        while not process.stdout.readline().startswith("step    1"):
+            assert process.poll() is None
+        process.stdout.close()
+        assert process.stderr.read() == "longattn train: nothing more can be printed: Broken pipe\n"
+        assert process.wait(60) == 1
+    (name,) = os.listdir("out")
+    assert int(name.removeprefix("step-")) >= 2
+    assert run("--resume", "--steps", 1) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no file here is always full")
+def test_a_log_on_a_full_disk_is_one_sentence(folder):
+    with open("/dev/full", "w") as full, start(*TINY, "--steps", 2, stdout=full) as process:
+        assert process.stderr.read() == "longattn train: nothing more can be printed: No space left on device\n"
+        assert process.wait(60) == 1
+    assert os.listdir("out") == ["step-00000000"]
+
+
 def test_an_interruption_while_saving_waits_for_the_end(folder, monkeypatch):
     rename = os.rename
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -285,6 +286,13 @@ def run(args) -> int:
     return _run(training, wishes, args.output)
 
 
+def _say_nothing(display) -> None:
+    display.console.quiet = True
+    # python would complain once more when it flushes at exit
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(training, wishes: Wishes, folder: str) -> int:
     from rich.console import Console
 
@@ -312,6 +320,11 @@ def _run(training, wishes: Wishes, folder: str) -> int:
         code, ended, last_words, keeps = 1, "failed", [str(error)], False
     except (MemoryError, RuntimeError) as error:
         code, ended, last_words = 1, "failed", [" ".join(str(error).split())]
+    except (OSError, SystemExit) as error:
+        # rich exits where the reader of a pipe has left; what was trained is not lost with what was said
+        reason = getattr(error, "strerror", None) or os.strerror(errno.EPIPE)
+        code, ended, last_words = 1, "failed", [f"nothing more can be printed: {reason}"]
+        _say_nothing(display)
     try:
         path = training.save(folder) if keeps else None
         if path is not None:
