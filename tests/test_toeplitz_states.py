@@ -198,3 +198,37 @@ def test_one_token_in_one_kernel_equals_the_same_in_torch(kind, dtype, reach):
         for a, b in zip((fused.output, *fused.state), (plain.output, *plain.state), strict=True):
             torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
         state = fused.state
+
+
+@pytest.mark.parametrize("n_features", [8, 20])
+@pytest.mark.parametrize("reach", [1, 6, 40])
+def test_a_state_may_be_stepped_from_again_and_again(reach, n_features, impl, device):
+    """By a search that tries one token, then another: every state on the way stays good."""
+    q, k, v = qkv(L=30, D=n_features, device=device)
+    options = options_of(impl, device, reach)
+    states = [ToeplitzState.zeros(2, 2, n_features, 12, device=device)]
+    with torch.no_grad():
+        whole = linear_attention(q, k, v, **options)
+        for t in range(30):
+            token = [x[:, :, t : t + 1] for x in (q, k, v)]
+            wrong = linear_attention_with_state(*(2 * x for x in token), state=states[t], **options)
+            right = linear_attention_with_state(*token, state=states[t], **options)
+            linear_attention_with_state(*(3 * x for x in token), state=wrong.state, **options)
+            assert_near(right.output, whole[:, :, t : t + 1])
+            states.append(right.state)
+        for t in (29, 3, 17, 0):
+            again = linear_attention_with_state(*(x[:, :, t : t + 1] for x in (q, k, v)), state=states[t], **options)
+            assert_near(again.output, whole[:, :, t : t + 1])
+            for x, y in zip(again.state, states[t + 1], strict=True):
+                assert_same_bits("state", x, y)
+
+
+# as many heads as make whole parts, a ring longer than them
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_ring_of_many_segments_is_split_as_one_call(heads, kernel, device):
+    tensors = qkv(B=1, H=heads, L=1400, device=device)
+    for reach in (600, 700):
+        options = options_of(kernel, device, reach, heads)
+        whole = linear_attention(*tensors, **options)
+        assert_near(in_parts(tensors, [0, 600, 1400], **options)[0], whole)
+        assert_near(in_parts(tensors, [0, 700, 1399, 1400], **options)[0], whole)

@@ -29,7 +29,7 @@ class ToeplitzSweep {
     Sums<T> sums;
     Scratch::take_sums(sums, arena, M, E);
     state = sums.elements;
-    Band whole = band_of(0, targets, sources);
+    Band whole = band_of(x.offset, L, S);
     carries = x.is_causal && parts == 1;
     if (x.cu_seqlens || whole.has_old() || whole.has_new()) sides = x.is_causal ? 1 : 2;
     if (carries) sides = 0;
@@ -82,16 +82,16 @@ class ToeplitzSweep {
     const T* c;
   };
 
-  Band band_of(int64_t offset, int64_t n_targets, int64_t n_sources) const {
-    // reversed, key j is target S - 1 - j and query i source L - 1 - i
-    int64_t shift = reversed ? n_targets - n_sources - offset : -offset;
-    return {n_targets, n_sources, shift, x.reach, x.is_causal};
+  Band band_of(int64_t offset, int64_t n_queries, int64_t n_keys) const {
+    if (!reversed) return {n_queries, n_keys, 0, -offset, x.reach, x.is_causal};
+    // key j is target T - 1 - j and query i source Q - 1 - i, with T whole segments and Q whole chunks
+    int64_t all_keys = round_up(n_keys, segment_tokens), all_queries = round_up(n_queries, band);
+    return {all_keys, all_queries, all_keys - n_keys, all_keys - all_queries - offset, x.reach, x.is_causal};
   }
   Head head(int64_t unit) const {
     int64_t n = unit / Hq, h = unit % Hq;
     Sequence queries = seq.sequence(n, L), keys = seq.sequence(n, S);
-    Band band = reversed ? band_of(x.offset, keys.length, queries.length) : band_of(x.offset, queries.length, keys.length);
-    return {unit, h, h / groups, queries, keys, band, x.c.as<T>() + h * x.c.stride[0]};
+    return {unit, h, h / groups, queries, keys, band_of(x.offset, queries.length, keys.length), x.c.as<T>() + h * x.c.stride[0]};
   }
   T factor(const Head& u, int64_t offset) const {
     if (x.is_causal && offset > 0) return T(0);
@@ -100,7 +100,8 @@ class ToeplitzSweep {
 
   // ---- rows
 
-  // rows of a tensor [B, heads, length, n], zero past n; `padded`: rows that are left 0
+  // rows of a tensor [B, heads, length, n], zero past n; `skip`: rows that are left 0. Reversed, `first` counts from the last
+  // token and is below 0 before it
   void load_rows(const View& from, const Sequence& sequence, int64_t h, int64_t first, int64_t rows, int64_t n, Matrix<T> to,
                  const bool* skip) const {
     with_type(from.dtype, [&](auto type) {
@@ -128,17 +129,19 @@ class ToeplitzSweep {
   void find_padded(const Sequence& keys, int64_t first, int64_t rows, bool* to) const {
     const View& mask = x.mask;
     for (int64_t r = 0; r < rows; ++r)
-      to[r] = mask && mask.as<bool>()[keys.b * mask.stride[0] + place(keys, first + r) * mask.stride[1]];
+      to[r] = first + r < 0 || (mask && mask.as<bool>()[keys.b * mask.stride[0] + place(keys, first + r) * mask.stride[1]]);
   }
   // a chunk of sources; rows past its end are 0. `isolate`: rows that are not finite are marked and 0, so that they
   // reach only the targets that see them
   int64_t load_sources(Scratch& s, const Head& u, int64_t chunk, bool isolate) const {
     int64_t first = chunk * band, rows = std::min(band, u.band.sources - first);
+    bool skip[band];
     if (reversed) {
-      load_rows(x.q, u.queries, u.h, first, rows, M, s.b1, nullptr);
-      load_rows(dy->rows, u.queries, u.h, first, rows, E + 1, s.b2, nullptr);
+      first -= u.band.sources - u.queries.length;
+      for (int64_t r = 0; r < rows; ++r) skip[r] = first + r < 0;
+      load_rows(x.q, u.queries, u.h, first, rows, M, s.b1, skip);
+      load_rows(dy->rows, u.queries, u.h, first, rows, E + 1, s.b2, skip);
     } else {
-      bool skip[band];
       find_padded(u.keys, first, rows, skip);
       load_rows(x.k, u.keys, u.kv, first, rows, M, s.b1, skip);
       load_rows(x.v, u.keys, u.kv, first, rows, E, s.b2, skip);
@@ -165,6 +168,7 @@ class ToeplitzSweep {
   void load_targets(Scratch& s, const Head& u, int64_t first, int64_t rows) const {
     std::fill_n(s.poisoned, rows, false);
     if (reversed) {
+      first -= u.band.lead;
       find_padded(u.keys, first, rows, s.padded_target);
       load_rows(x.k, u.keys, u.kv, first, rows, M, s.a1, s.padded_target);
       load_rows(x.v, u.keys, u.kv, first, rows, E, s.a2, s.padded_target);
@@ -349,7 +353,8 @@ class ToeplitzSweep {
   void segment(Scratch& s, const Head& u, int64_t index, double* dc) const {
     const Band& x_ = u.band;
     int64_t begin = index * segment_chunks, end = std::min(begin + segment_chunks, x_.target_chunks());
-    int64_t first = begin * band, rows = std::min(segment_tokens, x_.targets - first);
+    begin = std::max(begin, x_.first_chunk());
+    int64_t first = begin * band, rows = std::min((end - begin) * band, x_.targets - first);
     load_targets(s, u, first, rows);
     if (sides == 2) {
       s.base.set(slot(u, index, 1)), s.local.clear();
@@ -388,7 +393,7 @@ class ToeplitzSweep {
       using To = decltype(type);
       if constexpr ((sizeof(T) == 8) == (sizeof(To) == 8)) {
         To* base = to.as<To>() + sequence.b * to.stride[0] + h * to.stride[1];
-        for (int64_t r = 0; r < rows; ++r)
+        for (int64_t r = std::max<int64_t>(0, -first); r < rows; ++r)
           store_row(row(r), base + place(sequence, first + r) * to.stride[2], to.size[3]);
       }
     });
@@ -413,6 +418,7 @@ class ToeplitzSweep {
     } else if constexpr (pass == Pass::queries) {
       store_rows(dy->dq, u.queries, u.h, first, rows, [&](int64_t r) { return s.y1.row(r); });
     } else {
+      first -= u.band.lead;
       for (int64_t r = 0; r < rows; ++r)
         if (s.padded_target[r]) std::fill_n(s.y1.row(r), columns, T(0)), std::fill_n(s.y2.row(r), padded<T>(E), T(0));
       store_rows(dy->dk, u.keys, u.h, first, rows, [&](int64_t r) { return s.y1.row(r); });

@@ -2,7 +2,8 @@
 //
 // Targets are the rows that a pass computes and sources what they sum over: queries over keys, or, for the gradients of
 // keys and values, keys over queries with both in reverse order. Then the offset j - i of a pair is always the place of
-// the source less that of the target, and causal always means that it is not above 0.
+// the source less that of the target, and causal always means that it is not above 0. In reverse order the places before
+// the first token fill a segment or chunk, so that those are cut from the start of a sequence whatever is behind its end.
 #pragma once
 #include "products.h"
 #include "rows.h"
@@ -23,11 +24,13 @@ inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 
 
 // one head of one sequence
 struct Band {
-  int64_t targets, sources;  // tokens
+  int64_t targets, sources;  // places: tokens, and `lead` targets and fewer than a chunk of sources that are none
+  int64_t lead;
   int64_t shift;             // offset of the pair of the first source with the first target
   int64_t reach;
   bool causal;
 
+  int64_t first_chunk() const { return lead / band; }
   int64_t target_chunks() const { return (targets + band - 1) / band; }
   int64_t source_chunks() const { return (sources + band - 1) / band; }
   int64_t segments() const { return (targets + segment_tokens - 1) / segment_tokens; }
@@ -45,8 +48,8 @@ struct Band {
   int64_t new_start(int64_t segment) const {
     return segment < segments() ? new_begin(segment * segment_chunks) : source_chunks();
   }
-  bool has_old() const { return target_chunks() > 0 && old_end(target_chunks() - 1) > 0; }
-  bool has_new() const { return !causal && target_chunks() > 0 && new_begin(0) < source_chunks(); }
+  bool has_old() const { return target_chunks() > first_chunk() && old_end(target_chunks() - 1) > 0; }
+  bool has_new() const { return !causal && target_chunks() > first_chunk() && new_begin(first_chunk()) < source_chunks(); }
 };
 
 // the sum over sources of b1 b2^T, [M][E], with the sum of b1; in the backward of b2 b1^T, [E + 1][M]
