@@ -54,7 +54,7 @@ def _both(name: str, **options) -> tuple[ToeplitzCase, ToeplitzCase]:
 _L2 = FavorCase(n_features=32, l2=True)
 TOEPLITZ = (
     # lengths around chunks, a prime, and biases from shorter than a chunk to longer than the sequence
-    *(case for L, reach in ((2, 1), (63, 1), (64, 17), (65, 64), (100, 63), (130, 40), (130, 129), (100, 200))
+    *(case for L, reach in ((1, 1), (2, 1), (63, 1), (64, 17), (65, 64), (100, 63), (130, 40), (130, 129), (100, 200))
       for case in _both(f"L={L}, reach {reach}", L=L, reach=reach)),
     *_both("L=1009, reach 100", L=1009, B=1, H=1, reach=100),
     _full("L=1 S=37", L=1, S=37, reach=9),
