@@ -311,7 +311,7 @@ def test_mechanisms_that_share_features_share_them_in_files_too(tmp_path):
 
 
 def test_files_that_are_no_model_are_one_sentence(tmp_path):
-    pytest.importorskip("safetensors")
+    safetensors = pytest.importorskip("safetensors.torch")
     sentence = "holds no Reformer that can be read"
     with pytest.raises(ValueError, match=sentence):
         Reformer.load(tmp_path / "nowhere")
@@ -326,6 +326,11 @@ def test_files_that_are_no_model_are_one_sentence(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(tensors[: len(tensors) // 2])
     with pytest.raises(ValueError, match=sentence):
         Reformer.load(tmp_path)
+    # whole, and of another program
+    for metadata in (None, {"format": "pt"}, {"dtype": "float8000"}):
+        safetensors.save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata)
+        with pytest.raises(ValueError, match=sentence):
+            Reformer.load(tmp_path)
 
 
 def test_without_safetensors_saving_is_one_sentence(monkeypatch, tmp_path):

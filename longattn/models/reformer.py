@@ -293,6 +293,7 @@ class Reformer(nn.Module):
     def load(cls, path: str | os.PathLike, device=None) -> Reformer:
         """What `save` wrote, in its dtype."""
         safetensors, folder = _safetensors("load"), Path(path)
+        unreadable = safetensors.SafetensorError
         try:
             with safetensors.safe_open(str(folder / "model.safetensors"), "pt") as file:
                 dtype = getattr(torch, file.metadata()["dtype"])
@@ -300,7 +301,7 @@ class Reformer(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 model = cls(ReformerConfig.from_json((folder / "config.json").read_text())).to(device, dtype)
             safetensors.torch.load_model(model, str(folder / "model.safetensors"))
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, unreadable) as error:
             raise ValueError(f"Reformer.load: {folder} holds no Reformer that can be read: {error}") from error
         return model
 
