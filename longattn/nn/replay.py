@@ -151,16 +151,19 @@ def replay(autocast: Autocast, draws: Draws | None, gradient: Tensor | None = No
             found.restore()
 
 
-@contextlib.contextmanager
-def made_again(result: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+def made_again(result: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractContextManager:
     """Inside, in a replay, autograd does not keep `result` for what is computed from it, but calls `make` each time.
 
     For what is cheap to make and as large as a stream; make must return the same values. A first run is left alone,
     where such hooks would stand before those of others (torch's checkpoint) and nobody may change what is kept.
     """
     if torch.compiler.is_compiling() or not (recomputing() and torch.is_grad_enabled() and result.numel()):
-        yield
-        return
+        return contextlib.nullcontext()
+    return _hooks(result, make)
+
+
+@contextlib.contextmanager
+def _hooks(result: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     first, whole, autocast = result._version, result.is_contiguous(), Autocast.now(result.device.type)
     # until the end, so that its address is nobody else's, and no longer, as autograd keeps `pack` too
     held = [result]
