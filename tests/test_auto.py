@@ -189,11 +189,12 @@ def test_the_users_table_goes_first_and_keeps_other_rows(cache):
 
 BROKEN = ["", "{}", '{"rows": [{"device": "cpu"}]}', '{"rows": [1]}']
 BROKEN += [json.dumps({"rows": [row(**changes)._asdict()]}) for changes in ({"work": -1.0}, {"head_dim": "64"})]
+BROKEN = [text.encode() for text in BROKEN] + [b"\xff\xfe"]
 
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_table_is_named_and_not_used(text, cache):
-    users_table().write_text(text)
+    users_table().write_bytes(text)
     with pytest.warns(UserWarning, match=r"break_even\.json is no table of break-even lengths: .*; it is not used"):
         found = Auto("lsh").break_even_for(64, torch.zeros(1), False)
     assert found.source == "measured for this package"
@@ -281,6 +282,21 @@ def test_an_interruption_keeps_what_was_measured(capsys, monkeypatch):
     code, _, said = run(capsys, "linear", "--head-dim", "64")
     assert (code, said) == (130, "longattn tune: interrupted\n")
     assert [row.length for row in read(users_table())] == [64]
+
+
+@pytest.mark.parametrize("given", [(), ("--output",)])
+def test_a_broken_table_is_neither_measured_for_nor_lost(given, cache, capsys):
+    users_table().write_text('{"rows": 3}')
+    code, _, said = run(capsys, "linear", *given, *(str(users_table()) for _ in given))
+    assert code == 2
+    assert re.search(r"^longattn tune: .*break_even\.json is no table .*; remove it, and `longattn tune` writes", said)
+    assert users_table().read_text() == '{"rows": 3}'
+
+
+def test_rows_without_their_machine_are_kept(cache):
+    users_table().write_text(json.dumps({"rows": [row(1000)._asdict()]}))
+    write(users_table(), [row(2000, is_causal=True)], {"machine": "b"})
+    assert read(users_table()) == [row(1000), row(2000, is_causal=True)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..favor import Favor
-from ..nn.auto import EXACT, Row, users_table, write
+from ..nn.auto import EXACT, Row, read, users_table, write
 from ..nn.mechanisms import NAMED, Linear, Mechanism, resolve
 from . import _arguments
 from ._text import InputError
@@ -117,6 +117,12 @@ def _settings(args) -> Settings:
     for case in cases:
         if case.mechanism.work(False) is None:
             raise InputError(f"{case.name!r} has no measure of its work, so no row can be kept for it")
+    output = users_table() if args.output is None else Path(_arguments.writable("--output", args.output))
+    try:
+        # rows go beside those that are there
+        read(output)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return Settings(
         cases=tuple(dict.fromkeys(cases)),
         dtype=_arguments.choice("--dtype", args.dtype, DTYPES),
@@ -125,7 +131,7 @@ def _settings(args) -> Settings:
         longest=_arguments.integer("--longest", args.longest, SHORTEST, 1 << 24),
         seconds=_arguments.positive("--seconds", args.seconds, "number of seconds"),
         threads=_arguments.threads(args.threads),
-        output=users_table() if args.output is None else Path(_arguments.writable("--output", args.output)),
+        output=output,
     )
 
 

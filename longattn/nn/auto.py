@@ -71,7 +71,7 @@ def users_table() -> Path:
 def read(path: Path) -> list[Row]:
     """Rows of a table; empty where there is none, ValueError in a sentence where it is no table."""
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except OSError:
         return []
     try:
@@ -81,7 +81,8 @@ def read(path: Path) -> list[Row]:
             if not all(map(isinstance, row, types)) or row.work <= 0 or row.head_dim < 1 or (row.length or 1) < 1:
                 raise ValueError(row)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no table of break-even lengths: {error}; `longattn tune` writes one") from None
+        remedy = "remove it, and `longattn tune` writes one"
+        raise ValueError(f"{path} is no table of break-even lengths: {error}; {remedy}") from None
     return rows
 
 
@@ -232,7 +233,7 @@ def write(path: Path, rows: Sequence[Row], about: dict) -> None:
     about: the machine and the day, kept beside those of earlier runs.
     """
     kept = {row.key: row for row in read(path)} | {row.key: row for row in rows}
-    runs = [run for run in (json.loads(path.read_text())["about"] if path.exists() else []) if run != about]
+    runs = [run for run in (json.loads(path.read_bytes()).get("about", []) if path.exists() else []) if run != about]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     lines = ",\n".join(f"  {json.dumps(row._asdict())}" for row in sorted(kept.values(), key=lambda row: row.key))
