@@ -8,6 +8,8 @@ import pytest
 import torch
 from _attention import EFFICIENT, LSH, MECHANISMS, ONE, TWO, E, H, Scaled, build, call, constructor, draw, gradients
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import longattn
@@ -308,6 +310,46 @@ def test_float_padding_mask_is_the_bool_one(mechanism):
     for is_causal in (False, True):
         expected = module(x, x, x, padding, is_causal=is_causal)[0]
         assert_same_bits("output", module(x, x, x, added, is_causal=is_causal)[0], expected)
+
+
+# torch runs kernels that vmap does not know row by row, and says so
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_vmap_over_masks_is_one_call_for_each(dtype, mechanism):
+    module, xs = build(mechanism).eval(), draw(3, 2, 9, E)
+    masks = torch.arange(9) >= torch.tensor([[[9], [5]], [[8], [6]], [[1], [7]]])  # [3, 2, 9]
+    masks = masks if dtype == torch.bool else torch.zeros(masks.shape, dtype=dtype).masked_fill(masks, -torch.inf)
+
+    def attend(x, mask):
+        return module(x, x, x, mask, need_weights=False)[0]
+
+    expected = torch.stack([attend(x, mask) for x, mask in zip(xs, masks, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(attend)(xs, masks), expected)
+    shared = torch.func.vmap(attend, (0, None))(xs, masks[0])
+    torch.testing.assert_close(shared, torch.stack([attend(x, masks[0]) for x in xs]))
+    if dtype != torch.bool and mechanism not in ("exact", MECHANISMS["auto"]):
+        # one row of one call
+        masks[2, 1, 0] = 1
+        with pytest.raises(ValueError, match="bool, or float with values 0 and -inf"):
+            torch.func.vmap(attend)(xs, masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_fake_tensors_and_make_fx_read_no_mask(dtype, mechanism):
+    module, x = build(mechanism).eval(), draw(2, 9, E)
+    mask = torch.arange(9) >= torch.tensor([[9], [5]])
+    mask = mask if dtype == torch.bool else torch.zeros(2, 9, dtype=dtype).masked_fill(mask, -torch.inf)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        y = fake.from_tensor(x)
+        output, weights = module(y, y, y, fake.from_tensor(mask))
+    assert (output.shape, weights.shape) == ((2, 9, E), (2, 9, 9))
+
+    def attend(x, mask):
+        return module(x, x, x, mask, need_weights=False)[0]
+
+    with torch.no_grad():
+        graph, other = make_fx(attend)(x, mask), draw(2, 9, E, seed=1)
+        torch.testing.assert_close(graph(other, mask), attend(other, mask))
 
 
 @pytest.mark.parametrize("value", [-1e9, 1.0, torch.nan, torch.inf])

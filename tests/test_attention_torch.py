@@ -353,6 +353,8 @@ def test_meta_device_and_dtype_are_honoured(mechanism):
         call(ONE, ONE, ONE, options={"dropout": 1.5}),
         call(ONE, ONE, ONE, torch.zeros(2, 5, dtype=torch.int64)),
         call(ONE, ONE, ONE, attn_mask=torch.zeros(5, 5, dtype=torch.uint8)),
+        call(ONE, ONE, ONE, [[False] * 5] * 2),
+        call(ONE, ONE, ONE, attn_mask="causal"),
         call(ONE, ONE, ONE, torch.zeros(5, dtype=torch.bool)),
         call(ONE, ONE, ONE, torch.zeros(3, 5, dtype=torch.bool)),
         call(ONE, ONE, ONE, torch.zeros(2, 6, dtype=torch.bool)),
@@ -364,7 +366,7 @@ def test_meta_device_and_dtype_are_honoured(mechanism):
     ],
 )
 def test_torchs_errors_are_ours(attempt):
-    with pytest.raises((AssertionError, ValueError, RuntimeError)) as theirs:
+    with pytest.raises((AssertionError, ValueError, RuntimeError, TypeError)) as theirs:
         attempt(nn.MultiheadAttention)
     for mechanism in ("exact", EFFICIENT):
         with pytest.raises(type(theirs.value)) as ours:

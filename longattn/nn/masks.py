@@ -26,7 +26,7 @@ class Masks(NamedTuple):
 def check(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
     """Dtypes, in torch's words."""
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        if mask is not None and not torch.is_floating_point(mask) and mask.dtype != torch.bool:
             raise AssertionError(f"only bool and floating types of {name} are supported")
     if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
         warnings.warn(
@@ -54,8 +54,7 @@ def padding(key_padding_mask: Tensor | None, mechanism: Mechanism) -> tuple[Tens
     """-> bool `[B, S]`, and what a float mask adds to the scores beside (None where it is known to be nothing)."""
     if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
         return key_padding_mask, None
-    padded = key_padding_mask == -torch.inf
-    plain = (padded | (key_padding_mask == 0)).all()
+    padded, plain = key_padding_mask == -torch.inf, _is_plain(key_padding_mask)
     if mechanism.takes_attn_mask:
         # one that learns is added even where it is 0 yet; reading a value on a GPU waits for it, and there is nothing
         # to gain there
@@ -80,9 +79,10 @@ def are_plain(key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_caus
         return False
     if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
         return True
-    if key_padding_mask.requires_grad or not _readable(key_padding_mask):
+    plain = _is_plain(key_padding_mask)
+    if key_padding_mask.requires_grad or not _readable(plain):
         return not key_padding_mask.requires_grad
-    return bool(((key_padding_mask == 0) | (key_padding_mask == -torch.inf)).all())
+    return bool(plain)
 
 
 def for_efficient(
@@ -133,10 +133,26 @@ def for_exact(
     return Masks(mask, padded, is_causal)
 
 
+def _is_plain(mask: Tensor) -> Tensor:
+    """Whether a float mask has no other values than 0 and -inf; under vmap that of all its rows."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(mask):
+            mask = torch._C._functorch.get_unwrapped(mask)
+    return ((mask == 0) | (mask == -torch.inf)).all()
+
+
 def _readable(x: Tensor) -> bool:
-    """Whether a value can decide what happens next: not while tracing, without data, or capturing a graph."""
-    if torch.compiler.is_compiling() or x.is_meta:
+    """Whether a value can decide what happens next: not while tracing, without data, for many rows of vmap at once, or
+    capturing a graph."""
+    if torch.compiler.is_compiling() or x.is_meta or hasattr(x, "fake_mode"):
         return False
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
