@@ -232,6 +232,13 @@ def test_dropout_is_of_training_only_and_follows_torchs_generator(mechanism):
     assert (module.train()(x, x, x, need_weights=False)[0] == module.out_proj.bias).all()
 
 
+@pytest.mark.parametrize("dropout", [-0.1, 1.5, torch.nan])
+def test_dropout_that_is_no_probability_is_refused(dropout, mechanism):
+    module, x = build(mechanism, dropout=dropout), draw(2, 9, E)
+    with pytest.raises((ValueError, RuntimeError), match="probability"):
+        module(x, x, x, need_weights=False)
+
+
 def test_linear_drops_its_output():
     module, x = build(longattn.Linear(), dropout=0.5), draw(2, 50, E)
     kept = {}

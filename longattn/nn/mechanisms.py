@@ -174,7 +174,7 @@ class Linear(Mechanism, name="linear"):
             normalize=self.normalize,
             impl=self.impl,
         )
-        return F.dropout(output, dropout_p) if dropout_p > 0 else output
+        return output if dropout_p == 0 else F.dropout(output, dropout_p)
 
     def work(self, is_causal):
         if isinstance(self.feature_map, Favor):

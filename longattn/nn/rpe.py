@@ -199,7 +199,7 @@ class NPRF(Mechanism):
         masks = {"is_causal": is_causal, "key_padding_mask": key_padding_mask}
         bias = {"rpe_bias": bias, "rpe_method": self.rpe_method}
         output = linear_attention(q, k, v, feature_map=favor, impl=self.impl, **masks, **bias)
-        return F.dropout(output, dropout_p) if dropout_p > 0 else output
+        return output if dropout_p == 0 else F.dropout(output, dropout_p)
 
     def weights(self, q, k, **masks) -> Tensor:
         return weights(q, k, *self._parts(), **masks)
