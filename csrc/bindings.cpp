@@ -189,17 +189,32 @@ void toeplitz_backward(const py::dict& problem, const py::dict& results) {
   kernels.toeplitz_backward(x, y);
 }
 
-RingState ring_state(const Views& get, const std::string& prefix) {
-  auto of = [&](const char* name) { return get((prefix + name).c_str()); };
-  return {of("kv"), of("k_sum"), of("ring_key"), of("ring_value"), of("ring_mask")};
+// a tensor without gaps, of which the caller says how large it is
+View dense(uintptr_t address, DType dtype, std::initializer_list<int64_t> sizes) {
+  View v;
+  v.data = reinterpret_cast<char*>(address), v.dtype = dtype, v.rank = static_cast<int>(sizes.size());
+  std::copy(sizes.begin(), sizes.end(), v.size);
+  int64_t elements = 1;
+  for (int i = v.rank - 1; i >= 0; --i) v.stride[i] = elements, elements *= v.size[i];
+  return v;
 }
 
-// `scratch(bytes)` gives the workspace, so that one call does
-void toeplitz_step(const py::dict& fields, const py::function& scratch) {
+// what a step owns or has checked crosses as bare addresses: bias [biases, 2 reach + 1], the state of `held` keys, the next
+// one and the output. `scratch(bytes)` gives the workspace, so that one call does
+void toeplitz_step(const py::dict& fields, const std::vector<uintptr_t>& at, int64_t biases, int64_t reach, int64_t held,
+                   const py::function& scratch) {
   Views get{fields};
   ToeplitzStep x;
-  x.q = get("q"), x.k = get("k"), x.v = get("v"), x.favor = favor_map(fields), x.bias = get("bias");
-  x.before = ring_state(get, ""), x.after = ring_state(get, "new_"), x.out = get("out");
+  x.q = get("q"), x.k = get("k"), x.v = get("v"), x.favor = favor_map(fields);
+  expect(x.q.rank == 4 && x.k.rank == 4 && x.v.rank == 4 && at.size() == 12, "q, k and v must have 4 dimensions");
+  DType type = x.q.dtype;
+  int64_t B = x.q.size[0], Hq = x.q.size[1], H = x.k.size[1], E = x.v.size[3], M = fields["features"].cast<int64_t>();
+  auto ring = [&](size_t i, int64_t t) {
+    return RingState{dense(at[i], type, {B, H, M, E}), dense(at[i + 1], type, {B, H, M}), dense(at[i + 2], type, {B, H, t, M}),
+                     dense(at[i + 3], type, {B, H, t, E}), dense(at[i + 4], DType::boolean, {B, t})};
+  };
+  x.bias = dense(at[0], type, {biases, 2 * reach + 1}), x.before = ring(1, held);
+  x.after = ring(6, std::min(held + 1, reach)), x.out = dense(at[11], type, {B, Hq, 1, E});
   x.feature = fields["feature"].cast<int>(), x.normalize = fields["normalize"].cast<bool>();
   x.scale = fields["scale"].cast<double>(), x.threads = fields["threads"].cast<int>();
   const Kernels& kernels = active_kernels();

@@ -69,13 +69,13 @@ class RingStep {
   T bound = 0;
 
   struct Scratch {
-    T *row, *key, *query, *sum;
+    T *row, *key, *query, *sum, *weight;
     int64_t bytes;
     Scratch(char* memory, const RingStep& x) {
       Arena<T> arena{memory};
       int64_t M = std::max(padded<T>(x.P), padded<T>(x.M)) + W;
       row = arena.take(1, padded<T>(x.D)).p, key = arena.take(1, M).p, query = arena.take(1, M).p;
-      sum = arena.take(1, padded<T>(x.E)).p;
+      sum = arena.take(1, padded<T>(x.E)).p, weight = arena.take(1, std::max(x.M, x.kept)).p;
       bytes = arena.bytes;
     }
   };
@@ -115,16 +115,23 @@ class RingStep {
     constexpr T least = std::is_same_v<T, double> ? T(-600) : T(-60);
     for (int64_t h = 0; h < Hq; ++h) {
       const T* bias = x.bias.as<T>() + (x.bias.size[0] == 1 ? 0 : h * (2 * reach + 1));
-      T top = 0;
-      for (int64_t i = 0; i < 2 * reach + 1; ++i)
-        if (!(bias[i] < std::numeric_limits<T>::infinity()))
-          throw std::invalid_argument(
-              "longattn: rpe_bias must hold finite numbers, or -inf for offsets to hide; it holds NaN or +inf");
-      if (x.normalize) top = *std::max_element(bias, bias + reach + 1);
+      T *row = factors.row(h), top = 0;
+      // a sum, not a maximum, which would pass over a NaN
+      int64_t wrong = 0;
+      for (int64_t i = 0; i < 2 * reach + 1; ++i) wrong += !(bias[i] < std::numeric_limits<T>::infinity());
+      if (wrong)
+        throw std::invalid_argument(
+            "longattn: rpe_bias must hold finite numbers, or -inf for offsets to hide; it holds NaN or +inf");
+      if (!x.normalize) {
+        for (int64_t i = 0; i <= reach; ++i) row[i] = std::exp(bias[i]);
+        continue;
+      }
+      top = largest(bias, reach + 1, false);
       if (top == nothing<T>) top = 0;
-      for (int64_t i = 0; i <= reach; ++i) {
-        T b = bias[i] - top;
-        factors.row(h)[i] = x.normalize && b < least ? T(0) : std::exp(b);
+      load_row(bias, 1, reach + 1, row);
+      for (int64_t i = 0; i <= reach; i += W) {
+        V<T> b = load(row + i) - broadcast(top);
+        store(row + i, b < least ? V<T>{} : exp_nonpositive(b));
       }
     }
   }
@@ -145,6 +152,21 @@ class RingStep {
     if (!keys) return;
     T factor = std::exp(a - bound);
     for (int64_t i = 0; i < M; i += W) store(to + i, load(to + i) * factor);
+  }
+  // out += the sum of rows [n][E] by their weights, in registers
+  void add_rows(int64_t n, const T* weight, const T* rows, T* out) const {
+    int64_t e = 0;
+    auto columns = [&](auto N) {
+      for (; e + N * W <= E; e += N * W) {
+        Tile<T, 1, N> tile;
+        tile.load_from(out + e, 0);
+        tile.multiply_add(weight, 0, rows + e, E, n);
+        tile.store_to(out + e, 0);
+      }
+    };
+    columns(std::integral_constant<int, 4>{}), columns(std::integral_constant<int, 1>{});
+    for (int64_t i = 0; i < n && e < E; ++i)
+      for (int64_t last = e; last < E; ++last) out[last] += weight[i] * rows[i * E + last];
   }
   void step(Scratch& s, int64_t b, int64_t h) const {
     int64_t unit = b * H + h, gone = held + 1 - kept;
@@ -176,12 +198,12 @@ class RingStep {
       const T* c = factors.row(head);
       T *out = x.out.as<T>() + (b * Hq + head) * E, z = c[0] * dot_any(M, s.query, k_sum);
       std::fill_n(out, E, T(0));
-      for (int64_t m = 0; m < M; ++m) add_multiple(E, c[0] * s.query[m], kv + m * E, out);
-      for (int64_t i = 0; i < kept; ++i) {
-        if (masked[i]) continue;
-        T w = c[reach + 1 - kept + i] * dot_any(M, s.query, keys + i * M);
-        z += w, add_multiple(E, w, values + i * E, out);
-      }
+      for (int64_t m = 0; m < M; ++m) s.weight[m] = c[0] * s.query[m];
+      add_rows(M, s.weight, kv, out);
+      for (int64_t i = 0; i < kept; ++i)
+        s.weight[i] = masked[i] ? T(0) : c[reach + 1 - kept + i] * dot_any(M, s.query, keys + i * M);
+      for (int64_t i = 0; i < kept; ++i) z += s.weight[i];
+      add_rows(kept, s.weight, values, out);
       T factor = !x.normalize ? static_cast<T>(x.scale) : z == T(0) ? T(0) : 1 / z;
       for (int64_t e = 0; e < E; ++e) out[e] = x.normalize && z == T(0) ? T(0) : out[e] * factor;
     }

@@ -60,29 +60,31 @@ def backward(
 
 
 FEATURES = {"identity": 0, "elu": 1, "relu": 2}
-_SUMS, _RING = ("kv", "k_sum"), ("ring_key", "ring_value", "ring_mask")
 
 
 def step(q, k, v, bias, state, *, feature, normalize: bool, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One token of a stream, without gradients: all of one dtype, float32 or float64, states contiguous.
+    """One token of a stream, without gradients: all of one dtype, float32 or float64, bias and states contiguous.
 
-    bias: `[1 or Hq, 2K+1]`. feature: a name, or (projection, root, mean, kind) of a Favor map. -> out, the next state
+    bias: `[2K+1]` or `[Hq, 2K+1]`. feature: a name, or (projection, root, mean, kind) of a Favor map. -> out, the next
+    state. Shapes of the state are the caller's to check: only its addresses cross.
     """
-    reach, held = bias.shape[1] // 2, state[4].shape[1]
+    (B, H, held, M), reach = state[2].shape, bias.shape[-1] // 2
     kept = min(held + 1, reach)
-    out = v.new_empty((*q.shape[:3], v.shape[3]))
-    after = [torch.empty_like(x) for x in state[:2]]
-    after += [x.new_empty((*x.shape[:2], kept, x.shape[3])) for x in state[2:4]]
-    after.append(state[4].new_empty((q.shape[0], kept)))
-    problem = {"q": view(q), "k": view(k), "v": view(v), "bias": view(bias), "out": view(out)}
-    problem |= {"normalize": normalize, "scale": scale, "threads": torch.get_num_threads(), "feature": 0}
-    for name, old, new in zip(_SUMS + _RING, state, after, strict=True):
-        problem[name], problem["new_" + name] = view(old), view(new)
+    kv, k_sum, keys, values, mask = state
+    out = v.new_empty((B, q.shape[1], 1, v.shape[3]))
+    after = (
+        torch.empty_like(kv), torch.empty_like(k_sum), keys.new_empty((B, H, kept, M)),
+        values.new_empty((B, H, kept, v.shape[3])), mask.new_empty((B, kept)),
+    )  # fmt: skip
+    problem = {"q": view(q), "k": view(k), "v": view(v), "features": M, "feature": 0}
+    problem |= {"normalize": normalize, "scale": scale, "threads": torch.get_num_threads()}
     if isinstance(feature, str):
         problem["feature"] = FEATURES[feature]
     else:
         projection, root, mean, kind = feature
         problem |= {"projection": view(projection), "root": root.item(), "kind": KINDS[kind], "l2": True}
         problem |= {} if mean is None else {"mean": view(mean)}
-    extension().toeplitz_step(problem, lambda size: view(workspace(size)))
-    return out, tuple(after)
+    addresses = [x.data_ptr() for x in (bias, *state, *after, out)]
+    biases = 1 if bias.dim() == 1 else bias.shape[0]
+    extension().toeplitz_step(problem, addresses, biases, reach, held, lambda size: view(workspace(size)))
+    return out, after

@@ -13,8 +13,8 @@ from ..features import FeatureMap
 from ..native import linear as native_linear
 from ..native import linear_cuda as native_cuda
 from ..reference import linear as reference
-from ..state import LinearState, State
-from . import _check, _dispatch, favor, toeplitz
+from ..state import LinearState, State, ToeplitzState
+from . import _check, _dispatch, _toeplitz_step, favor, toeplitz
 from ._autograd import FirstDerivative, tracked
 from ._features import map_rows
 from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
@@ -365,6 +365,16 @@ def linear_attention_with_state(
         L > S lets the first L - S queries see the state alone.
     Other arguments, dtypes and errors as in `linear_attention`.
     """
+    plain = is_causal is True and key_padding_mask is None and cu_seqlens is None and isinstance(rpe_bias, Tensor)
+    if plain and type(state) is ToeplitzState and impl in ("auto", "cpu") and rpe_method in ("auto", "prefix"):
+        # one token of a stream: the checks below cost more than it does
+        named = isinstance(feature_map, (str, Favor)) and all(isinstance(x, Tensor) for x in (query, key, value))
+        if named and (enable_gqa or query.shape[1:2] == key.shape[1:2]) and (scale is None or type(scale) is float):
+            how = {"normalize": normalize, "scale": 1.0 if scale is None else scale}
+            if type(normalize) is bool and math.isfinite(how["scale"]):
+                stepped = _toeplitz_step.attempt(query, key, value, feature_map, rpe_bias, state, **how)
+                if stepped is not None:
+                    return LinearAttentionOutput(*stepped)
     return _run(
         _prepare(
             "linear_attention_with_state",

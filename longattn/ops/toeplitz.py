@@ -14,8 +14,8 @@ from ..native import toeplitz as native_toeplitz
 from ..native import toeplitz_fft as native_fft
 from ..reference import toeplitz as reference
 from ..state import ToeplitzState
-from . import _check, _dispatch, _toeplitz, _toeplitz_fft
-from ._autograd import FirstDerivative, readable, tracked
+from . import _check, _dispatch, _toeplitz, _toeplitz_fft, _toeplitz_step
+from ._autograd import FirstDerivative, tracked
 from ._features import features
 from ._prefix import accumulator
 from .favor import check_map
@@ -237,8 +237,11 @@ def _refuses(impl: str, x: Tensor, n_features: int, value_dim: int, method: str)
 def run(call: Call) -> tuple[Tensor, ToeplitzState | None]:
     """-> output `[B, Hq, L, E]`, and with `keeps_state` the state after the last key"""
     q, k, v, mask, options = call.q, call.k, call.v, call.mask, call.options
-    if _is_step(call):
-        return _step(call)
+    if call.options.impl == "cpu" and call.keeps_state and mask is None and call.cu_seqlens is None:
+        how = {"normalize": options.normalize, "scale": call.scale}
+        stepped = _toeplitz_step.attempt(q, k, v, call.feature, call.bias, call.state, **how)
+        if stepped is not None:
+            return stepped
     L, S, reach, acc = q.shape[2], k.shape[2], call.bias.shape[-1] // 2, accumulator(q.dtype)
     if mask is not None:
         # a map's own backward would make NaN of a padded key's NaN times 0
@@ -284,31 +287,6 @@ def attend(q, k, v, c, mask, cu_seqlens, options: Options) -> tuple[Tensor, Tens
 
 
 # streams
-
-
-def _is_step(call: Call) -> bool:
-    """Whether the call is one token that one kernel takes whole, instead of a dozen of torch's."""
-    q, k, state = call.q, call.k, call.state
-    if state is None or q.shape[2] != 1 or k.shape[2] != 1 or call.options.impl != "cpu" or call.mask is not None:
-        return False
-    tensors = (q, k, call.v, call.bias, *state)
-    if q.dtype not in (torch.float32, torch.float64) or call.bias.dtype != q.dtype or not readable(*tensors):
-        return False
-    learned = (call.feature.log_temperature,) if isinstance(call.feature, Favor) else ()
-    if tracked(*tensors, *learned):
-        return False
-    return call.bias.is_contiguous() and all(x.is_contiguous() for x in state)
-
-
-def _step(call: Call) -> tuple[Tensor, ToeplitzState]:
-    feature, acc = call.feature, call.q.dtype
-    if isinstance(feature, Favor):
-        mean = feature.key_mean.to(acc) if feature.center_keys else None
-        feature = feature.projection.to(acc), feature.root.to(acc), mean, feature.kind
-    bias = call.bias if call.bias.dim() == 2 else call.bias[None]
-    how = {"feature": feature, "normalize": call.options.normalize, "scale": call.scale}
-    output, state = native_toeplitz.step(call.q, call.k, call.v, bias, call.state, **how)
-    return output, ToeplitzState(*state)
 
 
 def _extend(call: Call, k: Tensor, reach: int) -> tuple[tuple[Tensor, Tensor, Tensor], ToeplitzState]:
