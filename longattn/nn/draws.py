@@ -7,17 +7,15 @@ import importlib
 import torch
 from torch import Tensor, nn
 
-from ..ops import _lsh  # noqa: F401, registers the op
+from ..ops import _library, _lsh  # noqa: F401, registers an op
 
 # no sum of versions
 NEVER = -1
 # a step of a compiled graph: the state that `Draws` has, and the parameters whose versions tell
-torch.library.define(
-    "longattn::_observe", "(Tensor(a!) step, Tensor(b!) count, Tensor(c!) seen, Tensor[] parameters) -> ()"
-)
+_library.define("_observe", "(Tensor(a!) step, Tensor(b!) count, Tensor(c!) seen, Tensor[] parameters) -> ()")
 
 
-@torch.library.register_fake("longattn::_observe")
+@_library.fake("_observe")
 def _(step, count, seen, parameters):
     return None
 
@@ -53,8 +51,7 @@ def _observe(step: Tensor, count: Tensor, seen: Tensor, parameters: list[Tensor]
         step.copy_(count, non_blocking=True)
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_observe", _device, _observe)
+_library.run(_observe=_observe)
 
 
 class Draws(nn.Module):

@@ -8,21 +8,21 @@ from torch import Tensor
 from .. import features as maps
 from ..favor import Favor
 from ..native import features as native_features
-from . import _dispatch
+from . import _dispatch, _library
 from ._autograd import FirstDerivative, tracked
 from ._prefix import accumulator
 
 _INPUTS = "Tensor x, Tensor projection, Tensor root, Tensor? mean, str kind, bool logs"
-torch.library.define("longattn::_favor_features", f"({_INPUTS}) -> Tensor")
-torch.library.define("longattn::_favor_features_backward", f"(Tensor grad, Tensor phi, {_INPUTS}) -> (Tensor, Tensor)")
+_library.define("_favor_features", f"({_INPUTS}) -> Tensor")
+_library.define("_favor_features_backward", f"(Tensor grad, Tensor phi, {_INPUTS}) -> (Tensor, Tensor)")
 
 
-@torch.library.register_fake("longattn::_favor_features")
+@_library.fake("_favor_features")
 def _(x, projection, root, mean, kind, logs):
     return projection.new_empty(*x.shape[:3], maps.favor_count(projection, kind))
 
 
-@torch.library.register_fake("longattn::_favor_features_backward")
+@_library.fake("_favor_features_backward")
 def _(grad, phi, x, projection, *rest):
     return x.new_empty(x.shape), projection.new_empty(())
 
@@ -50,9 +50,7 @@ def _backward(grad, phi, x, projection, root, mean, kind, logs):
     return _engine(x.device).backward(grad, phi, x, projection, root, mean, kind=kind, logs=logs)
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_favor_features", _device, _forward)
-    torch.library.impl("longattn::_favor_features_backward", _device, _backward)
+_library.run(_favor_features=_forward, _favor_features_backward=_backward)
 
 
 class _Features(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import native
 from ..favor import FOLD, STRIDE
 from ..native import lsh as native_lsh
+from . import _library
 from ._prefix import accumulator
 
 # from these numbers of buckets on, the hash takes two and three factors
@@ -72,13 +73,13 @@ def draw_rotations(
     return _draw(seed, step, (heads, n_hashes, dim, columns), str(device)).clone()
 
 
-torch.library.define(
-    "longattn::_lsh_rotations",
+_library.define(
+    "_lsh_rotations",
     "(Tensor like, int heads, int n_hashes, int dim, int columns, int seed, Tensor? step=None) -> Tensor",
 )
 
 
-@torch.library.register_fake("longattn::_lsh_rotations")
+@_library.fake("_lsh_rotations")
 def _(like, heads, n_hashes, dim, columns, seed, step=None):
     return like.new_empty((heads, n_hashes, dim, columns), dtype=torch.float32)
 
@@ -128,27 +129,23 @@ def _engine(impl: str):
     return native_lsh
 
 
-torch.library.define(
-    "longattn::_lsh_hash", "(Tensor x, Tensor? extra, Tensor rotations, int[] factors, str impl) -> Tensor"
-)
-torch.library.define(
-    "longattn::_lsh_sort", "(Tensor keys, int n_keys, Tensor? cu_seqlens, int chunk) -> (Tensor, Tensor)"
-)
-torch.library.define("longattn::_lsh_lengths", "(Tensor x) -> Tensor")
+_library.define("_lsh_hash", "(Tensor x, Tensor? extra, Tensor rotations, int[] factors, str impl) -> Tensor")
+_library.define("_lsh_sort", "(Tensor keys, int n_keys, Tensor? cu_seqlens, int chunk) -> (Tensor, Tensor)")
+_library.define("_lsh_lengths", "(Tensor x) -> Tensor")
 
 
-@torch.library.register_fake("longattn::_lsh_hash")
+@_library.fake("_lsh_hash")
 def _(x, extra, rotations, factors, impl):
     B, H, N, _ = x.shape
     return x.new_empty((B, H, rotations.shape[1], N), dtype=torch.int32)
 
 
-@torch.library.register_fake("longattn::_lsh_sort")
+@_library.fake("_lsh_sort")
 def _(keys, n_keys, cu_seqlens, chunk):
     return keys.new_empty(keys.shape), keys.new_empty(keys.shape)
 
 
-@torch.library.register_fake("longattn::_lsh_lengths")
+@_library.fake("_lsh_lengths")
 def _(x):
     return x.new_empty(x.shape[:3], dtype=accumulator(x.dtype))
 
@@ -197,11 +194,7 @@ def _lengths(x: Tensor) -> Tensor:
     return torch.cat(parts, -1) if parts else x.new_empty((B, H, 0), dtype=acc)
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_lsh_rotations", _device, _rotations)
-    torch.library.impl("longattn::_lsh_hash", _device, _hash)
-    torch.library.impl("longattn::_lsh_sort", _device, _sort)
-    torch.library.impl("longattn::_lsh_lengths", _device, _lengths)
+_library.run(_lsh_rotations=_rotations, _lsh_hash=_hash, _lsh_sort=_sort, _lsh_lengths=_lengths)
 
 
 # lengths of rows

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .. import native
 from ..native import softmax as native_softmax
+from . import _library
 from ._autograd import tracked
 from ._prefix import accumulator
 
@@ -81,9 +82,9 @@ _OPTIONS = (
     "int chunk, int look_back, int look_ahead, int window, bool is_causal, int self_rule, bool dedupe, bool wrap, "
     "float scale, float dropout_p, int seed, str impl, Tensor? draw=None"
 )
-torch.library.define("longattn::_softmax_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "longattn::_softmax_backward",
+_library.define("_softmax_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(
+    "_softmax_backward",
     f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 INPUTS = 13
@@ -96,13 +97,13 @@ def _fake_rows(x: torch.Tensor, width: int, impl: str) -> torch.Tensor:
     return x.new_empty(B, H, L, width)
 
 
-@torch.library.register_fake("longattn::_softmax_forward")
+@_library.fake("_softmax_forward")
 def _(q, k, v, *rest):
     impl = Options(*rest[INPUTS - 3 :][: len(Options._fields)]).impl
     return _fake_rows(q, v.shape[3], impl), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
-@torch.library.register_fake("longattn::_softmax_backward")
+@_library.fake("_softmax_backward")
 def _(grad_out, q, k, v, *rest):
     bias = rest[INPUTS - 4]
     dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
@@ -136,9 +137,7 @@ def _backward(grad_out, *arguments):
     return engine(options.pop("impl")).backward(grad_out, *tensors, *saved, **options, **more)
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_softmax_forward", _device, _forward)
-    torch.library.impl("longattn::_softmax_backward", _device, _backward)
+_library.run(_softmax_forward=_forward, _softmax_backward=_backward)
 
 
 # autograd

@@ -16,7 +16,7 @@ from ..features import favor_count, favor_features, favor_norm, favor_rows, unit
 from ..native import favor as native_favor
 from ..reference import favor as reference
 from ..state import FavorState
-from . import _check, _dispatch
+from . import _check, _dispatch, _library
 from ._autograd import FirstDerivative, tracked
 from ._prefix import accumulator, aligned, segment_of, sequences, slots
 
@@ -52,18 +52,18 @@ _SAVED = (
     "Tensor out, Tensor normalizer, Tensor row_scale, Tensor segment_kv, Tensor segment_k_sum, "
     "Tensor segment_log_scale, Tensor final_log_scale"
 )
-torch.library.define(
-    "longattn::_favor_forward", f"({_INPUTS}, {_OPTIONS}, bool save_segments) -> ({', '.join(['Tensor'] * 9)})"
+_library.define(
+    "_favor_forward", f"({_INPUTS}, {_OPTIONS}, bool save_segments) -> ({', '.join(['Tensor'] * 9)})"
 )
-torch.library.define(
-    "longattn::_favor_backward",
+_library.define(
+    "_favor_backward",
     f"(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, {_INPUTS}, {_SAVED}, {_OPTIONS}, bool root_grad) -> "
     f"({', '.join(['Tensor'] * 6)})",
 )
 INPUTS, SAVED, ROOT = 11, 7, 9
 
 
-@torch.library.register_fake("longattn::_favor_forward")
+@_library.fake("_favor_forward")
 def _(q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, *rest):
     *options, save_segments = rest
     options = Options(*options)
@@ -75,7 +75,7 @@ def _(q, k, v, mask, cu_seqlens, kv, k_sum, log_scale, projection, root, mean, *
     return q.new_empty(B, Hq, L, E), *(q.new_empty(shape, dtype=acc) for shape in shapes)
 
 
-@torch.library.register_fake("longattn::_favor_backward")
+@_library.fake("_favor_backward")
 def _(grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, *rest):
     acc = accumulator(q.dtype)
     states = (q.new_empty(0 if x is None else x.shape, dtype=acc) for x in (kv, k_sum))
@@ -98,9 +98,7 @@ def _backward(*arguments):
     return engine(impl).backward(*tensors, **options, **more)
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_favor_forward", _device, _forward)
-    torch.library.impl("longattn::_favor_backward", _device, _backward)
+_library.run(_favor_forward=_forward, _favor_backward=_backward)
 
 
 # autograd

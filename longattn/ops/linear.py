@@ -14,7 +14,7 @@ from ..native import linear as native_linear
 from ..native import linear_cuda as native_cuda
 from ..reference import linear as reference
 from ..state import LinearState, State, ToeplitzState
-from . import _check, _dispatch, _toeplitz_step, favor, toeplitz
+from . import _check, _dispatch, _library, _toeplitz_step, favor, toeplitz
 from ._autograd import FirstDerivative, tracked
 from ._features import map_rows
 from ._prefix import accumulator, aligned, hooks, segment_of, sequences, slots
@@ -51,18 +51,18 @@ def engine(impl: str):
 
 _OPTIONS = "str feature, bool is_causal, bool normalize, float scale, int segment, str impl"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens, Tensor? kv, Tensor? k_sum"
-torch.library.define(
-    "longattn::_linear_forward",
+_library.define(
+    "_linear_forward",
     f"({_INPUTS}, {_OPTIONS}, bool save_segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "longattn::_linear_backward",
+_library.define(
+    "_linear_backward",
     f"(Tensor grad_out, Tensor? grad_kv, Tensor? grad_k_sum, {_INPUTS}, Tensor out, Tensor normalizer, "
     f"Tensor segment_kv, Tensor segment_k_sum, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-@torch.library.register_fake("longattn::_linear_forward")
+@_library.fake("_linear_forward")
 def _(q, k, v, mask, cu_seqlens, kv, k_sum, feature, is_causal, normalize, scale, segment, impl, save_segments):
     (B, Hq, L, D), (_, H, _, E) = q.shape, v.shape
     acc = accumulator(q.dtype)
@@ -77,7 +77,7 @@ def _(q, k, v, mask, cu_seqlens, kv, k_sum, feature, is_causal, normalize, scale
     )
 
 
-@torch.library.register_fake("longattn::_linear_backward")
+@_library.fake("_linear_backward")
 def _(grad_out, grad_kv, grad_k_sum, q, k, v, mask, cu_seqlens, kv, k_sum, *rest):
     def like(x):
         return q.new_empty(x.shape, dtype=x.dtype)
@@ -101,9 +101,7 @@ def _backward(*arguments):
     return engine(impl).backward(*tensors, **options, **hooks(impl, tensors[0]))
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_linear_forward", _device, _forward)
-    torch.library.impl("longattn::_linear_backward", _device, _backward)
+_library.run(_linear_forward=_forward, _linear_backward=_backward)
 
 
 # autograd

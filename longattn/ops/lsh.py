@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference import lsh as reference
-from . import _check, _dispatch, _lsh, _lsh_check, _tiles
+from . import _check, _dispatch, _library, _lsh, _lsh_check, _tiles
 from ._prefix import accumulator
 
 
@@ -231,14 +231,14 @@ def _together(tensors: list[Tensor], shared: bool, same_bucket: bool) -> Orders:
     return Orders(order_q, order_k, rank_q, rank_k, bucket_q, bucket_k)
 
 
-torch.library.define(
-    "longattn::_lsh_orders",
+_library.define(
+    "_lsh_orders",
     "(Tensor q, Tensor? k, Tensor v, Tensor? mask, Tensor? cu_seqlens, Tensor? rotations, Tensor? step, int seed, "
     "int n_hashes, int[]? factors, int chunk, bool same_bucket, str impl) -> Tensor[]",
 )
 
 
-@torch.library.register_fake("longattn::_lsh_orders")
+@_library.fake("_lsh_orders")
 def _(q, k, v, mask, cu_seqlens, rotations, step, seed, n_hashes, factors, chunk, same_bucket, impl):
     return [
         x.new_empty((*x.shape[:2], n_hashes, x.shape[2]), dtype=torch.int32)
@@ -256,8 +256,7 @@ def _orders(q, k, v, mask, cu_seqlens, rotations, step, seed, n_hashes, factors,
     return _apart(orders(Call(q, k, v, *masks, rounds, rotations, *options)))
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_lsh_orders", _device, _orders)
+_library.run(_lsh_orders=_orders)
 
 
 # running it

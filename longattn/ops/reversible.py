@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..native import reversible as native_reversible
 from ..reference import reversible as reference
-from . import _check, _dispatch
+from . import _check, _dispatch, _library
 
 OP = "reversible_add"
 
@@ -124,20 +124,16 @@ def add(x: Tensor, f: Tensor, grid: float, subtract: bool, impl: str, *, inplace
     return y
 
 
-torch.library.define(
-    "longattn::_reversible_add", "(Tensor x, Tensor f, float grid, bool subtract, str impl) -> Tensor"
-)
-torch.library.define(
-    "longattn::_reversible_add_", "(Tensor(a!) x, Tensor f, float grid, bool subtract, str impl) -> ()"
-)
+_library.define("_reversible_add", "(Tensor x, Tensor f, float grid, bool subtract, str impl) -> Tensor")
+_library.define("_reversible_add_", "(Tensor(a!) x, Tensor f, float grid, bool subtract, str impl) -> ()")
 
 
-@torch.library.register_fake("longattn::_reversible_add")
+@_library.fake("_reversible_add")
 def _(x, f, grid, subtract, impl):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("longattn::_reversible_add_")
+@_library.fake("_reversible_add_")
 def _(x, f, grid, subtract, impl):
     return None
 
@@ -169,9 +165,7 @@ def _run_(x, f, grid, subtract, impl):
     add(x, f, grid, subtract, impl, inplace=True)
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_reversible_add", _device, _run)
-    torch.library.impl("longattn::_reversible_add_", _device, _run_)
+_library.run(_reversible_add=_run, _reversible_add_=_run_)
 
 
 class _ReversibleAdd(torch.autograd.Function):
