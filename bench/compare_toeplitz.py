@@ -127,7 +127,7 @@ def crossover_part(run: Run) -> None:
     found: dict = {"causal": [], "full": []}
     for mode, is_causal in (("causal", True), ("full", False)):
         for M in (16, 32, 64):
-            before, n = None, 2048
+            before, n = None, 1024
             while n <= longest:
                 case = case_of(n, H=2, D=M, is_causal=is_causal, direction="forward+backward")
                 title = f"crossover, M={M}, {mode}, n={n}"
