@@ -35,7 +35,7 @@ L2 = Favor(4, 8, normalize="l2")
     [
         (500, 20, True, {}, "prefix", "clipped short of the length"),
         (500, 499, True, {}, "tiles", "every offset"),
-        (500, 900, False, {}, "tiles", "every offset"),
+        (300, 900, False, {}, "tiles", "every offset"),
         (500, 20, False, {"rpe_method": "tiles"}, "tiles", "as asked for"),
         (500, 20, True, {"rpe_method": "fft"}, "fft", "as asked for"),
         (2**20, 2**20, True, {}, "fft", "reaches further"),
