@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import longattn
@@ -245,6 +246,17 @@ def test_a_compiled_module_computes_the_same(training, kernel, device):
     for _ in range(3):
         assert_near(compiled(x), module(x), 1e-6)
         update(module)
+
+
+def test_training_takes_tensors_without_numbers():
+    with FakeTensorMode():
+        module = own().train()
+        x = torch.empty(2, L, E)
+        for _ in range(2):
+            y = module(x)
+            y.sum().backward()
+    assert y.shape == (2, L, E)
+    assert all(p.grad.shape == p.shape for p in module.parameters())
 
 
 # other packages

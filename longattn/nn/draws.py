@@ -54,6 +54,10 @@ def _observe(step: Tensor, count: Tensor, seen: Tensor, parameters: list[Tensor]
 _library.run(_observe=_observe)
 
 
+def _are_faked() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 class Draws(nn.Module):
     """Counts the training steps of the module it belongs to; rotations are a function of its seed and this count.
 
@@ -80,8 +84,9 @@ class Draws(nn.Module):
     def observe(self, module: nn.Module, *_) -> None:
         """Before each forward of `module`: called by it, or a forward pre-hook."""
         if self.training:
-            # as an op this is a part of the graph of torch.compile
-            observe = torch.ops.longattn._observe if torch.compiler.is_compiling() else _observe
+            # as an op this is a part of the graph of torch.compile, and nothing for tensors without numbers
+            as_op = torch.compiler.is_compiling() or _are_faked()
+            observe = torch.ops.longattn._observe if as_op else _observe
             with torch.no_grad():
                 observe(self.step, self._count, self._seen, list(module.parameters()))
 
