@@ -362,3 +362,20 @@ def test_a_gradient_that_arrives_in_another_order_is_not_the_one_foreseen():
         (torch.cat(block(x, x), -1) * weight).sum().backward()
         found.append([p.grad for p in layer.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# torch looks at .grad where its graph breaks
+@pytest.mark.filterwarnings("ignore:.*non-leaf Tensor:UserWarning")
+def test_a_compiled_loss_is_the_same_and_warns_of_nothing():
+    torch._dynamo.reset()
+    hidden, weight = draw((2, 9, D), (V, D))
+    target = torch.arange(18).view(2, 9) % V
+
+    def loss(hidden, weight):
+        return chunked_cross_entropy(torch.tanh(hidden), weight, target, chunk_size=4)
+
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    values = [f(*leaves) for f in (torch.compile(loss, backend="aot_eager"), loss)]
+    assert_same_bits("loss", *values)
+    for a, b in zip(*(torch.autograd.grad(value, leaves) for value in values), strict=True):
+        assert_same_bits("gradient", a, b)

@@ -12,7 +12,20 @@ from torch.nn import functional as F
 from ..ops import _check
 from ..ops._dispatch import without_autocast
 from ..ops._prefix import accumulator
-from .replay import Autocast, Draws, Graph, Ran, awaited, first_run, gpus_of, gradients, once, replay, trained
+from .replay import (
+    Autocast,
+    Draws,
+    Graph,
+    Ran,
+    awaited,
+    first_run,
+    gpus_of,
+    gradients,
+    once,
+    outside_graphs,
+    replay,
+    trained,
+)
 
 # name -> the function, and whether half of the hidden width gates the other
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -311,6 +324,9 @@ class _CrossEntropy(torch.autograd.Function):
         return *(None if x is None else x.to(y.dtype) for x, y in zip(sums.all, inputs, strict=True)), None, None
 
 
+_losses = outside_graphs(_CrossEntropy.apply)
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -349,7 +365,7 @@ def chunked_cross_entropy(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     how = _How(chunk_size, ignore_index, reduction, float(label_smoothing), dtype, torch.is_grad_enabled())
-    losses = _CrossEntropy.apply(rows, weight, bias, flat, how)
+    losses = _losses(rows, weight, bias, flat, how)
     return losses.view(target.shape) if reduction == "none" else losses
 
 

@@ -151,6 +151,25 @@ def replay(autocast: Autocast, draws: Draws | None, gradient: Tensor | None = No
             found.restore()
 
 
+def outside_graphs(function: Callable) -> Callable:
+    """`function`, never in a graph of torch.compile, which would see through the nodes it makes."""
+    disabled = []
+
+    def unseen() -> Callable:
+        # not made before it is wanted: it loads the compiler
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0]
+
+    # a graph must not make it anew in every call
+    unseen._torchdynamo_disable = True
+
+    def call(*arguments):
+        return (unseen() if torch.compiler.is_compiling() else function)(*arguments)
+
+    return call
+
+
 def made_again(result: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractContextManager:
     """Inside, in a replay, autograd does not keep `result` for what is computed from it, but calls `make` each time.
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..ops import _check
 from ..ops import reversible as op
-from .replay import Autocast, Draws, Graph, Ran, first_run, gpus_of, gradients, once, replay, trained
+from .replay import Autocast, Draws, Graph, Ran, first_run, gpus_of, gradients, once, outside_graphs, replay, trained
 
 MERGES = ("mean", "cat", None)
 
@@ -239,22 +239,8 @@ def _run(blocks, x1, x2, f_kwargs: dict, g_kwargs: dict, merge: str | None, is_r
     return _leave(x1, x2, merge, call.dtype)
 
 
-_disabled: list = []
-
-
-def _outside_graphs():
-    if not _disabled:
-        _disabled.append(torch.compiler.disable(_run))
-    return _disabled[0]
-
-
-# a graph must not make it anew in every call
-_outside_graphs._torchdynamo_disable = True
-
-
-def _stack(*arguments):
-    """`_run`, never in a graph of torch.compile, which would see through the nodes; branches may be compiled."""
-    return (_outside_graphs() if torch.compiler.is_compiling() else _run)(*arguments)
+# branches may be compiled
+_stack = outside_graphs(_run)
 
 
 class ReversibleBlock(nn.Module):
