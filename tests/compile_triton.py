@@ -13,11 +13,12 @@ os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 import torch
 import triton
-from longattn.kernels import favor, features, linear, lsh, reversible, softmax, toeplitz
+from longattn.kernels import favor, features, linear, lsh, reversible, softmax, toeplitz, toeplitz_fft
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from longattn.ops import _toeplitz_fft
 from longattn.ops._prefix import SEGMENT
 
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -120,15 +121,16 @@ def softmax_forward_and_backward(dtype: torch.dtype, D: int, E: int, causal: boo
     softmax.backward(out, *tensors, out, lse, **options)
 
 
-def toeplitz_forward_and_backward(dtype: torch.dtype, M: int, E: int, causal: bool) -> None:
+def toeplitz_forward_and_backward(dtype: torch.dtype, M: int, E: int, causal: bool, fft: bool) -> None:
     """Shorter than the sequence, and past a segment: near tiles, states before them and after."""
     B, H, L, reach, groups = 1, 2, 1100, 20, 2
     assert max(toeplitz.SEGMENT.values()) + reach < L
     q, k, v = (torch.zeros(B, h, L, d, dtype=x) for h, d, x in ((H * groups, M, None), (H, M, None), (H, E, dtype)))
     mask, c = torch.zeros(B, L, dtype=torch.bool), torch.zeros(H * groups, 2 * reach + 1)
     options = {"reach": reach, "offset": 0, "is_causal": causal, "normalize": True}
-    out, z = toeplitz.forward(q, k, v, c, mask, None, **options)
-    toeplitz.backward(out, None, q, k, v, c, mask, None, out, z, **options)
+    run = _toeplitz_fft.engine(toeplitz_fft) if fft else toeplitz
+    out, z = run.forward(q, k, v, c, mask, None, **options)
+    run.backward(out, None, q, k, v, c, mask, None, out, z, **options)
 
 
 def features_forward_and_backward(dtype: torch.dtype, D: int, P: int) -> None:
@@ -156,8 +158,9 @@ if __name__ == "__main__":
         if state.removeprefix("biased ") in ("shared", "separate", "dense", "local"):
             softmax_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", state)
             continue
-        if state == "toeplitz":
-            toeplitz_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal")
+        if state in ("toeplitz", "toeplitz fft"):
+            fft = state == "toeplitz fft"
+            toeplitz_forward_and_backward(getattr(torch, name), int(D), int(E), causal == "causal", fft)
             continue
         if state == "features":
             features_forward_and_backward(getattr(torch, name), int(D), int(E))

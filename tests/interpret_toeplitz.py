@@ -5,13 +5,21 @@ as a tensor, through Triton's interpreter, on the CPU.
 import sys
 
 import torch
-from longattn.kernels import features, toeplitz
+from longattn.kernels import features, toeplitz, toeplitz_fft
 
 import longattn
 from longattn import features as maps
 from longattn.favor import draw_projection
-from longattn.ops import _dispatch
-from longattn.testing.toeplitz import TOEPLITZ, ToeplitzCase, check_toeplitz
+from longattn.ops import _dispatch, _toeplitz_fft
+from longattn.testing.toeplitz import (
+    TOEPLITZ,
+    ToeplitzCase,
+    build_toeplitz,
+    check_toeplitz,
+    fft_bound,
+    oracle,
+    run_toeplitz,
+)
 
 NAN, INF = float("nan"), float("inf")
 # the table's options for fewer heads and dims: the interpreter takes long for every program
@@ -29,14 +37,21 @@ SMALL = tuple(
         "full, more queries": {"L": 50, "S": 10, "reach": 9},
         "wide": {"L": 35, "D": 20, "E": 40, "reach": 9},
         "all masked": {"L": 20, "mask": "all"},
+        # transforms: two spans of the queries, odd lengths, NaN behind masked keys
+        "spans": {"L": 71, "reach": 70, "mask": "random", "groups": 2},
+        "full, sums": {"L": 33, "S": 14, "reach": 40, "E": 3, "normalize": False, "mask": "random"},
+        "full, tail": {"L": 35, "reach": 5, "mask": "tail", "B": 2, "groups": 2},
     }.items()
 )
 
 
 def few_steps() -> None:
-    """Segments as small as tiles may be, so that short sequences have far keys, and wide tiles of sources."""
+    """Segments as small as tiles may be, so that short sequences have far keys, and wide tiles of sources; blocks of
+    transforms of a few features, and stages of more than one program for a row."""
     toeplitz.SEGMENT = dict.fromkeys(toeplitz.SEGMENT, 32)
     tiles = toeplitz.TILES[0][-1]._replace(own=32, other=32, inner=16, outer=32)
+    _toeplitz_fft.BLOCK_BYTES = 16_000
+    toeplitz_fft.SPREAD = toeplitz_fft.CONTRACT = toeplitz_fft.CORRELATE = 16, 32
     toeplitz.TILES = tuple((dot, "", toeplitz.MAX_DIM, tiles) for dot in ("bf16", "tf32", "ieee"))
 
 
@@ -85,6 +100,22 @@ def streams_agree() -> None:
         assert y.abs().sum() > 0
 
 
+def transforms_stay_within_their_bound(case: ToeplitzCase, dtype: torch.dtype) -> None:
+    """As test_toeplitz.py asks of rpe_method="fft"; what is rounded to another dtype may be off by that too."""
+    inputs = build_toeplitz(case, dtype)
+    actual = run_toeplitz(inputs, "triton", "fft")
+    if case.sees_nothing or 0 in inputs.q.shape:
+        assert all((x == 0).all() for x in actual.values())
+        return
+    eps = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    bound, expected = fft_bound(inputs), oracle(case, dtype)
+    error = (actual["output"].double() - expected["output"]).abs()
+    assert (error <= bound + eps * expected["output"].abs()).all(), f"output: {error.max():.1e}"
+    for name, x in expected.items():
+        error = (actual[name].double() - x).abs().max()
+        assert error <= (1e-4 + 4 * eps) * max(x.abs().max(), 1), f"{name}: {error:.1e}"
+
+
 def features_are_the_formula(dtype: torch.dtype) -> None:
     """phi, dx and droot of every kind, of queries and of keys with a mean, against float64."""
     g = torch.Generator().manual_seed(3)
@@ -126,12 +157,15 @@ if __name__ == "__main__":
     table = {case.name: case for case in (*TOEPLITZ, *SMALL)}
     laws = {"law": past_sees_no_future, "stream": streams_agree}
     for name in sys.argv[1:]:
-        dtype, _, case = name.rpartition(":")
-        dtype = getattr(torch, dtype or "float32")
+        *before, case = name.split(":")
+        fft = "fft" in before
+        dtype = getattr(torch, next((x for x in before if x != "fft"), "float32"))
         if case in laws:
             laws[case]()
         elif case == "phi":
             features_are_the_formula(dtype)
+        elif fft:
+            transforms_stay_within_their_bound(table[case], dtype)
         else:
             check_toeplitz(table[case], dtype, "triton", "prefix")
         print(f"{name}: kept", flush=True)

@@ -45,9 +45,14 @@ SOFTMAX_CASES = {
 }
 # relative positions, and features of their own
 TOEPLITZ_CASES = {
-    80: ("bfloat16,64,64,causal,toeplitz", "float32,64,64,causal,features"),
-    90: ("bfloat16,64,64,causal,toeplitz", "float32,64,64,whole,toeplitz", "bfloat16,64,64,causal,features"),
-    100: ("bfloat16,64,64,causal,toeplitz", "bfloat16,64,64,causal,features"),
+    80: ("bfloat16,64,64,causal,toeplitz", "float32,64,64,causal,features", "float32,16,64,whole,toeplitz fft"),
+    90: (
+        "bfloat16,64,64,causal,toeplitz",
+        "float32,64,64,whole,toeplitz",
+        "bfloat16,64,64,causal,features",
+        "float32,16,64,causal,toeplitz fft",
+    ),
+    100: ("bfloat16,64,64,causal,toeplitz", "bfloat16,64,64,causal,features", "float32,16,64,whole,toeplitz fft"),
 }
 
 
@@ -85,6 +90,7 @@ def test_relative_positions_compile_without_spills(capability):
     compiled = compile_cases(capability, TOEPLITZ_CASES[capability])
     kernels = ["totals_kernel", "scan_kernel", "gradients_kernel", "factors_kernel"]
     kernels += ["split_kernel", "rows_kernel", "features_kernel", "gradient_kernel"]
+    kernels += ["spread_kernel", "contract_kernel", "correlate_kernel"]
     for kernel in kernels + [f"sweep_kernel {kind}" for kind in ("out", "dq", "dk", "dv")]:
         assert kernel in compiled
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent / "interpret_toeplitz.py"
-# float32 but where another dtype stands before
+# float32 but where another dtype stands before, and rpe_method="fft" where that does
 CASES = (
     "far",
     "full, far",
@@ -31,6 +31,13 @@ CASES = (
     "bfloat16:phi",
     "float16:full, near",
     "float16:phi",
+    "fft:spans",
+    "fft:full, sums",
+    "fft:full, tail",
+    "fft:packed",
+    "fft:all masked",
+    "fft:full, S=0",
+    "bfloat16:fft:spans",
 )
 
 

@@ -1,5 +1,5 @@
 """Toeplitz products by torch's FFT, and linear attention with relative positions by them: rpe_method="fft" where
-csrc/cpu/toeplitz_fft.cpp does not run.
+csrc/cpu/toeplitz_fft.cpp does not run. Stages surround the transforms: on GPUs those of kernels/triton/toeplitz_fft.py.
 
 For features f and value columns e, sum_j c_t k_jf v_je is a Toeplitz product along the sequence, and the output
 contracts it with q_if. The tensor of all n M E of them is never made: blocks of a few (f, e) at a time, rows along n,
@@ -8,8 +8,10 @@ go through the transforms and are contracted before the next. Luo et al. 2021 (a
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,40 +154,68 @@ def _blocks(features: int, columns: int, row_bytes: int):
             yield slice(f, min(f + deep, features)), slice(e, min(e + wide, columns))
 
 
+class TorchStages:
+    """The stages in torch's own operations, on any device and dtype, where nothing else is given."""
+
+    @staticmethod
+    def spread(left: Tensor, right: Tensor, rows: Tensor) -> None:
+        """left `[F, n]`, right `[e, n]` -> the first n of rows `[F, e, length]`"""
+        torch.mul(left[:, None], right, out=rows[..., : left.shape[1]])
+
+    @staticmethod
+    def contract(y: Tensor, weights: Tensor, into: Tensor) -> None:
+        """y `[a, b, n]`, weights `[b, n]` -> their product summed over b, added to into `[a, n]`"""
+        for weighted, row in zip(y.unbind(1), weights, strict=True):
+            into.addcmul_(weighted, row)
+
+    @staticmethod
+    def correlate(x: Tensor, y: Tensor, into: Tensor) -> None:
+        """x, y `[F, e, n]` -> the sum of x conj(y) over F and e, added to into `[n]`"""
+        # written out: inside an op that torch.compile calls, the lazy conjugate of .conj() is lost
+        into += y.conj_physical().mul_(x).sum((0, 1))
+
+
+def engine(stages: Any) -> SimpleNamespace:
+    """`forward` and `backward` with other stages."""
+    return SimpleNamespace(forward=partial(forward, stages=stages), backward=partial(backward, stages=stages))
+
+
 class _Rows:
     """Zero-padded products of feature and value rows, in memory that is used again, and their spectra."""
 
-    def __init__(self, like: Tensor, length: int):
-        self.like, self.length, self.held = like, length, like.new_zeros(0)
+    def __init__(self, like: Tensor, length: int, stages: Any):
+        self.like, self.length, self.stages, self.held = like, length, stages, like.new_zeros(0)
 
     def spectrum(self, left: Tensor, right: Tensor) -> Tensor:
         """left `[F, n]`, right `[e, n]` -> the spectra `[F, e, length // 2 + 1]` of their products"""
-        shape, n = (left.shape[0], right.shape[0], self.length), left.shape[1]
+        shape = left.shape[0], right.shape[0], self.length
         size = shape[0] * shape[1] * shape[2]
         if self.held.numel() < size:
             self.held = self.like.new_zeros(size)
         # only the first n of each row are ever written: the rest stays 0
         rows = self.held[:size].view(shape)
-        torch.mul(left[:, None], right, out=rows[..., :n])
+        self.stages.spread(left, right, rows)
         return torch.fft.rfft(rows)
 
 
 # what they do within is no graph of its own, also where a program calls the raw op with gradients on
 @torch.no_grad()
-def forward(q, k, v, c, mask, cu_seqlens, *, reach: int, offset: int, is_causal: bool, normalize: bool):
+def forward(
+    q, k, v, c, mask, cu_seqlens, *, reach: int, offset: int, is_causal: bool, normalize: bool,
+    stages: Any = TorchStages,
+):  # fmt: skip
     """-> out `[B, Hq, L, E]` like v, normalizer `[B, Hq, L]`"""
     (B, Hq, L, M), E = q.shape, v.shape[3]
     out, normalizer = v.new_zeros(B, Hq, L, E), q.new_zeros(B, Hq, L)
     for one in _parts(q, k, v, mask, cu_seqlens, is_causal):
         n_q, n_k, at = one.q.shape[2], one.k.shape[1], (one.b, one.heads, one.rows)
         circulant = _circulant(c[one.heads], n_q, n_k, offset + one.rows.start - one.keys.start, is_causal, one.padded)
-        products, total = _Rows(q, circulant.length), q.new_zeros(one.q.shape[0], E + 1, n_q)
+        products, total = _Rows(q, circulant.length, stages), q.new_zeros(one.q.shape[0], E + 1, n_q)
         for f, e in _blocks(M, E + 1, circulant.length * q.itemsize):
             spectrum = products.spectrum(one.k[f], one.values[e])
             for g, sums in enumerate(total):
                 y = torch.fft.irfft(spectrum * circulant.spectrum[g], circulant.length)[..., :n_q]
-                for row, weighted in zip(one.q[g, f], y, strict=True):
-                    sums[e].addcmul_(weighted, row)
+                stages.contract(y.transpose(0, 1), one.q[g, f], sums[e])
         z = total[:, E].masked_fill_(~circulant.seen, 0)
         result = total[:, :E].masked_fill_(~circulant.seen[:, None], 0)
         if normalize:
@@ -197,7 +227,7 @@ def forward(q, k, v, c, mask, cu_seqlens, *, reach: int, offset: int, is_causal:
 @torch.no_grad()
 def backward(
     grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, normalizer, *, reach: int, offset: int,
-    is_causal: bool, normalize: bool,
+    is_causal: bool, normalize: bool, stages: Any = TorchStages,
 ):  # fmt: skip
     """-> dq, dk, dv, dc like q, k, v, c; the spectra of the forward pass are made again"""
     M, E = q.shape[3], v.shape[3]
@@ -207,24 +237,22 @@ def backward(
         first = offset + one.rows.start - one.keys.start
         circulant = _circulant(c[one.heads], n_q, n_k, first, is_causal, one.padded)
         above = _pulled(grad_out, grad_normalizer, out, normalizer, at, circulant.seen, normalize)
-        keyed, queried = _Rows(q, circulant.length), _Rows(q, circulant.length)
+        keyed, queried = (_Rows(q, circulant.length, stages) for _ in range(2))
         dq_one, dk_one, dvalues = torch.zeros_like(one.q), torch.zeros_like(one.k), torch.zeros_like(one.values)
         correlation = torch.zeros_like(circulant.spectrum, dtype=torch.complex128)
-        # written out: inside an op that torch.compile calls, the lazy conjugate of .conj() is lost
+        # not the lazy one, as in `correlate`
         transposed = circulant.spectrum.conj_physical()
         for f, e in _blocks(M, E + 1, circulant.length * q.itemsize):
             spectrum = keyed.spectrum(one.k[f], one.values[e])
-            mirrored = spectrum.conj_physical()
             for g, kernel in enumerate(circulant.spectrum):
                 pulled = queried.spectrum(one.q[g, f], above[g, e])
                 # sum_i P_i A_(i-s) of every shift s is the derivative of its factor
-                correlation[g] += (pulled * mirrored).sum((0, 1))
+                stages.correlate(pulled, spectrum, correlation[g])
                 y = torch.fft.irfft(spectrum * kernel, circulant.length)[..., :n_q]
-                dq_one[g, f] += y.mul_(above[g, e]).sum(1)
+                stages.contract(y, above[g, e], dq_one[g, f])
                 y = torch.fft.irfft(pulled.mul_(transposed[g]), circulant.length)[..., :n_k]
-                dk_one[f] += (y * one.values[e]).sum(1)
-                for row, weighted in zip(one.k[f], y, strict=True):
-                    dvalues[e].addcmul_(weighted, row)
+                stages.contract(y, one.values[e], dk_one[f])
+                stages.contract(y.transpose(0, 1), one.k[f], dvalues[e])
         if one.padded is not None:
             dk_one, dvalues = dk_one.masked_fill(one.padded, 0), dvalues.masked_fill(one.padded, 0)
         dq[at] = dq_one.mT

@@ -33,7 +33,11 @@ class Options(NamedTuple):
 def engine(impl: str, method: str):
     """The module whose `forward` and `backward` run this op; they share one signature."""
     if method == "fft":
-        return native_fft if impl == "cpu" else _toeplitz_fft
+        if impl == "cpu":
+            return native_fft
+        from ..kernels import toeplitz_fft as stages
+
+        return _toeplitz_fft.engine(stages)
     if impl == "triton":
         from ..kernels import toeplitz as triton_toeplitz
 
