@@ -211,8 +211,8 @@ def test_lengths_of_transforms_are_the_next_fast_ones():
 
 @pytest.mark.parametrize("size", [1, 5000, 30_000, 8 << 20])
 @pytest.mark.parametrize("name", ["causal, GQA", "packed, causal=False", "random masked, causal=True"])
-def test_transforms_of_torch_give_what_ours_do(name, size, monkeypatch):
-    """Those run where there is no kernel, in blocks: less than a row, a few rows, a few features, all."""
+def test_transforms_of_torch_in_blocks_of_any_size_give_what_ours_do(name, size, monkeypatch):
+    """Those surround cuFFT on a GPU, in blocks: less than a row, a few rows, a few features, all."""
     if native.missing():
         pytest.skip("there is no kernel")
     inputs = build_toeplitz(BY_NAME[name], torch.float32)

@@ -14,7 +14,7 @@ from ..native import toeplitz as native_toeplitz
 from ..native import toeplitz_fft as native_fft
 from ..reference import toeplitz as reference
 from ..state import ToeplitzState
-from . import _check, _dispatch, _toeplitz, _toeplitz_fft, _toeplitz_step
+from . import _check, _dispatch, _library, _toeplitz, _toeplitz_fft, _toeplitz_step
 from ._autograd import FirstDerivative, tracked
 from ._features import features
 from ._prefix import accumulator
@@ -49,20 +49,20 @@ def engine(impl: str, method: str):
 
 _OPTIONS = "bool is_causal, bool normalize, str method, str impl"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor c, Tensor? mask, Tensor? cu_seqlens"
-torch.library.define("longattn::_toeplitz_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "longattn::_toeplitz_backward",
+_library.define("_toeplitz_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(
+    "_toeplitz_backward",
     f"(Tensor grad_out, Tensor? grad_normalizer, {_INPUTS}, Tensor out, Tensor normalizer, {_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-@torch.library.register_fake("longattn::_toeplitz_forward")
+@_library.fake("_toeplitz_forward")
 def _(q, k, v, c, mask, cu_seqlens, *options):
     return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
 
 
-@torch.library.register_fake("longattn::_toeplitz_backward")
+@_library.fake("_toeplitz_backward")
 def _(grad_out, grad_normalizer, q, k, v, c, *rest):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, c))
 
@@ -89,9 +89,7 @@ def _backward(grad_out, grad_normalizer, q, k, v, c, mask, cu_seqlens, out, norm
     return run(grad_out, grad_normalizer, *tensors, **_positions(q, k, c, options))
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.impl("longattn::_toeplitz_forward", _device, _forward)
-    torch.library.impl("longattn::_toeplitz_backward", _device, _backward)
+_library.run(_toeplitz_forward=_forward, _toeplitz_backward=_backward)
 
 
 # autograd
