@@ -57,6 +57,18 @@ FavorMap favor_map(const py::dict& fields) {
   return map;
 }
 
+Affine affine_problem(const py::dict& fields, bool split, int threads) {
+  Views get{fields};
+  return {get("a"), get("b"), get("bias"), get("out"), get("workspace"), split, threads};
+}
+
+void affine(const py::dict& fields, bool split, int threads) {
+  Affine x = affine_problem(fields, split, threads);
+  const Kernels& kernels = active_kernels();
+  py::gil_scoped_release release;
+  kernels.affine(x);
+}
+
 LinearProblem linear_problem(const py::dict& fields) {
   Views get{fields};
   LinearProblem x;
@@ -323,6 +335,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_built", [] { return false; });
 #endif
   m.def("advise_huge_pages", advise_huge_pages);
+  m.def("affine_workspace", [](const py::dict& fields, bool split, int threads) {
+    return active_kernels().affine_workspace(affine_problem(fields, split, threads));
+  });
+  m.def("affine", affine);
   m.def("linear_workspace", [](int64_t D, int64_t E, int64_t M, int64_t P, bool f64, int threads) {
     return active_kernels().linear_workspace(D, E, M, P, f64, threads);
   });

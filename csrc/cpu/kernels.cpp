@@ -7,6 +7,8 @@
 
 namespace longattn::LONGATTN_ISA {
 
+void affine(const Affine&);
+int64_t affine_workspace(const Affine&);
 void linear_forward(const LinearProblem&, const LinearForward&);
 void linear_backward(const LinearProblem&, const LinearBackward&);
 void favor_forward(const LinearProblem&, const LinearForward&);
@@ -44,7 +46,7 @@ static double peak_gflops(int64_t repeats) {
 #define LONGATTN_TEXT(x) #x
 #define LONGATTN_NAME(x) LONGATTN_TEXT(x)
 extern const Kernels kernels = {
-    LONGATTN_NAME(LONGATTN_ISA), linear_forward, linear_backward, favor_forward, favor_backward,
+    LONGATTN_NAME(LONGATTN_ISA), affine, affine_workspace, linear_forward, linear_backward, favor_forward, favor_backward,
     linear_workspace, features_forward, features_backward, features_workspace,
     softmax_forward, softmax_backward, softmax_workspace, lsh_hash, lsh_sort, lsh_workspace, toeplitz_forward,
     toeplitz_backward, toeplitz_workspace, toeplitz_step, toeplitz_step_workspace, reversible_add, peak_gflops,

@@ -1,5 +1,6 @@
 // One entry point of every CPU kernel for every instruction set it was compiled for.
 #pragma once
+#include "affine.h"
 #include "features.h"
 #include "linear.h"
 #include "lsh.h"
@@ -11,6 +12,8 @@ namespace longattn {
 
 struct Kernels {
   const char* isa;
+  void (*affine)(const Affine&);
+  int64_t (*affine_workspace)(const Affine&);
   void (*linear_forward)(const LinearProblem&, const LinearForward&);
   void (*linear_backward)(const LinearProblem&, const LinearBackward&);
   void (*favor_forward)(const LinearProblem&, const LinearForward&);

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..favor import Favor
+from ..nn.affine import Affine
 from ..nn.chunked import ChunkedFeedForward, chunked_cross_entropy
 from ..nn.draws import Draws
 from ..nn.local import Local
@@ -30,7 +31,7 @@ from .reformer_config import ReformerConfig
 TOKENS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-class Projection(nn.Linear):
+class Projection(Affine):
     """To the rows of all heads, turned by their position where `rotary` is given."""
 
     def __init__(self, config: ReformerConfig, rotary: Rotary | None) -> None:
@@ -50,7 +51,7 @@ class SelfAttention(nn.Module):
         self.causal, self.dropout, self._mechanism = config.causal, config.attention_dropout, mechanism
         self.query, self.key = Projection(config, rotary), Projection(config, rotary)
         self.value = Projection(config, None)
-        self.out_proj = nn.Linear(self.value.out_features, config.dim, bias=False)
+        self.out_proj = Affine(self.value.out_features, config.dim, bias=False)
         own = mechanism.submodules(config.heads)
         self._own = tuple(own)
         for name, module in own.items():

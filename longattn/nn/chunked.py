@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..ops import _check
 from ..ops._dispatch import without_autocast
 from ..ops._prefix import accumulator
+from .affine import Affine
 from .replay import (
     Autocast,
     Draws,
@@ -173,8 +174,8 @@ class ChunkedFeedForward(nn.Module):
         self._foresees = True
         self.activation, self.dropout = activation, float(dropout)
         made, gated = {"bias": bias, "device": device, "dtype": dtype}, ACTIVATIONS[activation][1]
-        self.up = nn.Linear(dim, hidden * (1 + gated), **made)
-        self.down = nn.Linear(hidden, dim, **made)
+        self.up = Affine(dim, hidden * (1 + gated), **made)
+        self.down = Affine(hidden, dim, **made)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., dim]` -> `[..., dim]`"""

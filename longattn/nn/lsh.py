@@ -15,6 +15,7 @@ from ..ops._prefix import accumulator
 from ..ops._tiles import draw_seed
 from ..ops.lsh import hash_of, prepare, run
 from ..reference import lsh as reference
+from .affine import Affine
 from .draws import Draws
 from .mechanisms import Mechanism
 
@@ -188,9 +189,9 @@ class LSHSelfAttention(nn.Module):
         self.resample, self.impl = resample, impl
         _check_fields("LSHSelfAttention", self)
         made, inner = {"device": device, "dtype": dtype}, num_heads * self.head_dim
-        self.query_key = nn.Linear(embed_dim, inner, bias=bias, **made)
-        self.value = nn.Linear(embed_dim, inner, bias=bias, **made)
-        self.out_proj: nn.Module = nn.Linear(inner, embed_dim, bias=out_bias, **made)
+        self.query_key = Affine(embed_dim, inner, bias=bias, **made)
+        self.value = Affine(embed_dim, inner, bias=bias, **made)
+        self.out_proj: nn.Module = Affine(inner, embed_dim, bias=out_bias, **made)
         self.draws = Draws(device)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, buckets: Tensor | None = None) -> Tensor:
