@@ -283,6 +283,8 @@ void with_product(const Affine& x, F&& f) {
 
 int64_t affine_workspace(const Affine& x) {
   int64_t bytes = 0;
+  expect(x.a.rank == 2 && x.b.rank == 2 && x.threads >= 1, "a must be [M, K] and b [K, N], and threads positive");
+  if (x.a.size[0] == 0 || x.b.size[1] == 0) return bytes;
   with_product(x, [&](const auto& product, auto) { bytes = product.workspace(); });
   return bytes;
 }
@@ -296,7 +298,6 @@ void affine(const Affine& x) {
   bool summed = x.out.dtype == (x.a.dtype == DType::f64 ? DType::f64 : DType::f32);
   expect(summed || x.out.dtype == x.a.dtype, "out must have the dtype of a, or what it is summed in");
   expect(N < 2 || x.out.stride[1] == 1, "rows of out must be contiguous");
-  expect(x.threads >= 1, "threads must be positive");
   if (M == 0 || N == 0) return;
   expect(K > 0, "a must have columns");
   expect(x.workspace.rank == 1 && x.workspace.size[0] >= affine_workspace(x), "the workspace is too small");

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..favor import Favor
 from ..ops import _check, _dispatch
+from ..ops.affine import affine
 from . import masks, nested
 from .draws import Draws
 from .mechanisms import Exact, Linear, Mechanism, resolve
@@ -259,16 +260,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         if bias is not None and bias.dtype != (like := self.q_proj_weight if weight is None else weight).dtype:
             bias = bias.to(like.dtype)
         if weight is not None and same_query and same_value:
-            return F.linear(query, weight, bias).chunk(3, -1)
+            return affine(query, weight, bias).chunk(3, -1)
         b_q, b_k, b_v = (None, None, None) if bias is None else bias.split(E)
         if weight is None:
             w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         elif same_value:
-            k, v = F.linear(key, weight[E:], None if bias is None else bias[E:]).chunk(2, -1)
-            return F.linear(query, weight[:E], b_q), k, v
+            k, v = affine(key, weight[E:], None if bias is None else bias[E:]).chunk(2, -1)
+            return affine(query, weight[:E], b_q), k, v
         else:
             w_q, w_k, w_v = weight.split(E)
-        return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+        return affine(query, w_q, b_q), affine(key, w_k, b_k), affine(value, w_v, b_v)
 
     def _check_shapes(self, query, key, value, B: int, batch_first: bool) -> None:
         """In torch's words where it has some."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..ops import _check
 from ..ops._dispatch import without_autocast
 from ..ops._prefix import accumulator
+from ..ops.affine import affine
 from .affine import Affine
 from .replay import (
     Autocast,
@@ -227,7 +228,7 @@ class _How(NamedTuple):
 def _loss_of(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, how: _How, gradient: bool):
     """One chunk -> its losses [n], and if wanted the derivative of their sum by the logits [n, V]."""
     acc = accumulator(h.dtype)
-    logits = F.linear(h, weight, bias).to(acc)  # [n, V]
+    logits = affine(h, weight, bias).to(acc)  # [n, V]
     logits.sub_(logits.amax(1, keepdim=True))
     valid = target != how.ignore_index
     at = torch.where(valid, target, 0)[:, None].long()
