@@ -85,6 +85,13 @@ def test_no_bit_depends_on_threads_or_other_rows(dtype):
     assert_same_bits("columns", columns, whole[:, :40])
 
 
+def test_columns_are_packed_some_at_a_time(monkeypatch):
+    a, b, bias = draw((40, 300), (300, 500), (500,), dtype=torch.bfloat16)
+    whole = product(a, b, bias, torch.bfloat16)
+    monkeypatch.setattr("longattn.native.affine.PACKED", 300 * 128)
+    assert_same_bits("in four", product(a, b, bias, torch.bfloat16), whole)
+
+
 def test_nan_stays_in_its_row_and_column():
     a, b = draw((100, 300), (300, 50))
     expected = product(a, b, None, torch.float32)
@@ -107,8 +114,10 @@ def test_nothing_to_multiply(shape):
     assert torch.equal(product(a, b, None, torch.float32, split=True), torch.zeros(M, N))
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients(small, dtype):
+def test_gradients(small, monkeypatch, dtype, split):
+    monkeypatch.setattr(op, "SPLIT", 1 << 20 if split else 0)
     layer, x = Affine(30, 50, dtype=dtype), draw((3, 70, 30))[0].to(dtype).requires_grad_()
     grad = draw((3, 70, 50), seed=1)[0].to(dtype)
     leaves = [x, layer.weight, layer.bias]

@@ -7,19 +7,31 @@ from torch import Tensor
 
 from . import empty, extension, view
 
+# of b: what is packed whole where sums cannot wait in the result
+PACKED = 1 << 22
+
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, *, split: bool = False) -> Tensor:
     """a `[M, K]` b `[K, N]` + bias `[N]`, any strides -> `[M, N]` in `dtype`: that of a, or what it is summed in.
 
-    split: the depth K is a length, and what threads share; in what it is summed in, without a bias.
+    split: the depth K is a length, and what threads share; in what it is summed in, without a bias. Takes memory for a
+        result a thread.
     """
-    if a.shape[1] == 0:
-        out = torch.zeros(a.shape[0], b.shape[1], dtype=dtype)
+    K, N = b.shape
+    if K == 0:
+        out = torch.zeros(len(a), N, dtype=dtype)
         return out if bias is None else out + bias.to(dtype)
-    out = empty((a.shape[0], b.shape[1]), dtype)
+    out = empty((len(a), N), dtype)
+    step = N if dtype in (torch.float32, torch.float64) else max(PACKED // K, 64)
+    for start in range(0, N, max(step, 1)):
+        columns = slice(start, start + step)
+        _into(out[:, columns], a, b[:, columns], None if bias is None else bias[columns], split)
+    return out
+
+
+def _into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, split: bool) -> None:
     tensors = {"a": view(a), "b": view(b), "bias": view(bias), "out": view(out)}
     threads = torch.get_num_threads()
     # not what is kept for decode steps: it may be some megabytes
     scratch = torch.empty(extension().affine_workspace(tensors, split, threads), dtype=torch.uint8)
     extension().affine(tensors | {"workspace": view(scratch)}, split, threads)
-    return out

@@ -14,6 +14,8 @@ from ._prefix import accumulator
 
 # rows, and multiplications, below which torch's call is over sooner than ours begins
 ROWS, PRODUCTS = 1024, 1 << 27
+# numbers of a weight up to which each thread may have its gradient over some of the rows
+SPLIT = 1 << 20
 
 
 class _Affine(torch.autograd.Function):
@@ -30,8 +32,11 @@ class _Affine(torch.autograd.Function):
         acc, dx, dweight, dbias = accumulator(x.dtype), None, None, None
         if needs_x:
             dx = grad @ weight if again else kernels.product(grad, weight, None, x.dtype)
-        if needs_weight:
-            dweight = grad.t() @ x if again else kernels.product(grad.t(), x, None, acc, split=True).to(weight.dtype)
+        if needs_weight and again:
+            dweight = grad.t() @ x
+        elif needs_weight:
+            split = weight.numel() <= SPLIT
+            dweight = kernels.product(grad.t(), x, None, acc, split=split).to(weight.dtype)
         if needs_bias:
             dbias = grad.sum(0, dtype=acc).to(grad.dtype)
         return dx, dweight, dbias
