@@ -178,6 +178,14 @@ def test_autocast_is_torchs(small):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_takes_inputs_of_both_dtypes(small, monkeypatch, dtype):
+    layer, x = Affine(40, 24), draw((64, 40), dtype=dtype)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        count, y = calls_of(monkeypatch, lambda: layer(x))
+    assert (count, y.dtype) == (1, torch.bfloat16)
+
+
 def calls_of(monkeypatch, call):
     """How often our kernel runs in `call`."""
     seen = []
@@ -186,9 +194,9 @@ def calls_of(monkeypatch, call):
         seen.append(1)
         return product(*arguments, **options)
 
-    monkeypatch.setattr(op.kernels, "product", counted)
-    result = call()
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(op.kernels, "product", counted)
+        result = call()
     return len(seen), result
 
 

@@ -16,6 +16,8 @@ from ._prefix import accumulator
 ROWS, PRODUCTS = 1024, 1 << 27
 # numbers of a weight up to which each thread may have its gradient over some of the rows
 SPLIT = 1 << 20
+# what autocast turns into its own
+CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Affine(torch.autograd.Function):
@@ -42,7 +44,7 @@ class _Affine(torch.autograd.Function):
         return dx, dweight, dbias
 
 
-def _ours(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+def _ours(x: Tensor, weight: Tensor, bias: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether our tiles take this call. Whatever is odd about it is torch's to compute, or to refuse."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     # asked first: it is what most small calls fail
@@ -53,11 +55,11 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) ->
         return False
     if any(t.layout != torch.strided or t.device != x.device for t in tensors):
         return False
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1] or dtype not in _check.DTYPES:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
-    return all(t.dtype == dtype or (dtype != x.dtype and t.is_floating_point()) for t in tensors)
+    return all(t.dtype in dtypes for t in tensors)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,10 +72,10 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     All others, those that torch.compile or torch.func look into, and second derivatives are torch's own, errors
     included.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
-    if not _ours(x, weight, bias, dtype):
+    casts = torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64
+    if not _ours(x, weight, bias, CAST if casts else (x.dtype,) if x.dtype in _check.DTYPES else ()):
         return F.linear(x, weight, bias)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if casts:
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _Affine.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
