@@ -1,4 +1,4 @@
-// A product of whole matrices on the CPU: what crosses the boundary. The mathematics is in longattn/reference/affine.py.
+// A product of whole matrices on the CPU: what crosses the boundary.
 #pragma once
 #include "common/view.h"
 
