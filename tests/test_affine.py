@@ -30,7 +30,7 @@ def small(monkeypatch):
 
 
 def laid_out(x, how):
-    """The same numbers, elsewhere: as they are, turned, in steps, in an order of their own that is read backwards."""
+    """As it is, turned, in steps, or its first row for all."""
     if how == "turned":
         return x.t().contiguous().t()
     if how == "sliced":
@@ -176,6 +176,60 @@ def test_autocast_is_torchs(small):
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+
+
+def test_lazy_signs_are_seen(small):
+    x = torch.complex(*draw((40, 6), (40, 6))).conj().imag
+    assert x.is_neg()
+    layer = Affine(6, 9)
+    torch.testing.assert_close(layer(x), F.linear(x.resolve_neg(), layer.weight, layer.bias))
+    grad = torch.complex(*draw((40, 9), (40, 9))).conj().imag
+    (found,) = torch.autograd.grad(layer(x), [layer.weight], grad)
+    torch.testing.assert_close(found, grad.resolve_neg().t() @ x.resolve_neg())
+
+
+def test_the_default_device_is_not_asked(small):
+    x, layer = draw((40, 6))[0], Affine(6, 9)
+    expected = layer(x)
+    with torch.device("meta"):
+        assert_same_bits("under another default", layer(x), expected)
+
+
+def test_only_what_is_needed_is_kept(small):
+    x, layer = draw((40, 6))[0].requires_grad_(), Affine(6, 9)
+    layer.weight.requires_grad_(False)
+    y = layer(x)
+    with torch.no_grad():
+        x.zero_()
+    y.sum().backward()
+    assert layer.bias.grad.eq(40).all()
+    layer.requires_grad_(True)
+    y = layer(x.detach())
+    with torch.no_grad():
+        layer.weight.zero_()
+    y.sum().backward()
+
+
+def test_batches_of_gradients(small):
+    x, layer = draw((40, 6))[0].requires_grad_(), Affine(6, 9)
+    grads = draw((3, 40, 9))[0]
+    found = torch.autograd.grad(layer(x), [x, layer.weight], grads, is_grads_batched=True)
+    expected = [torch.autograd.grad(layer(x), [x, layer.weight], grad) for grad in grads]
+    for a, b in zip(found, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+
+
+def test_what_else_is_in_the_batch_changes_no_bit():
+    layer, x = Affine(256, 512), draw((4, 700, 256))[0]
+    assert_same_bits("alone", layer(x[:1]), layer(x)[:1])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_torchs(small):
+    layer, parts = Affine(6, 9), draw((40, 6), (30, 6))
+    found = layer(torch.nested.nested_tensor(parts)).unbind()
+    for y, part in zip(found, parts, strict=True):
+        torch.testing.assert_close(y, layer(part))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -81,7 +81,8 @@ HUGE_PAGE_BYTES = 8 << 20
 
 def empty(shape, dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor for a kernel to write; large ones ask for huge pages (LONGATTN_HUGE_PAGES=0: not)."""
-    x = torch.empty(shape, dtype=dtype)
+    # whatever the default device is
+    x = torch.empty(shape, dtype=dtype, device="cpu")
     if x.nbytes >= HUGE_PAGE_BYTES and os.environ.get("LONGATTN_HUGE_PAGES", "1") != "0":
         extension().advise_huge_pages(x.data_ptr(), x.nbytes)
     return x

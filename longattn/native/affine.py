@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import empty, extension, view
 
+# depth of a thread's stretch where they share it, as in csrc/cpu/affine.cpp: more threads than these have no work
+STRETCH = 512
 # of b: what is packed whole where sums cannot wait in the result
 PACKED = 1 << 22
 
@@ -18,8 +20,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, *, sp
         result a thread.
     """
     K, N = b.shape
+    # the kernel reads memory, where a lazy sign is not
+    a, b, bias = a.resolve_neg(), b.resolve_neg(), None if bias is None else bias.resolve_neg()
     if K == 0:
-        out = torch.zeros(len(a), N, dtype=dtype)
+        out = torch.zeros(len(a), N, dtype=dtype, device="cpu")
         return out if bias is None else out + bias.to(dtype)
     out = empty((len(a), N), dtype)
     step = N if dtype in (torch.float32, torch.float64) else max(PACKED // K, 64)
@@ -32,6 +36,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, *, sp
 def _into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, split: bool) -> None:
     tensors = {"a": view(a), "b": view(b), "bias": view(bias), "out": view(out)}
     threads = torch.get_num_threads()
+    if split:
+        threads = min(threads, -(-a.shape[1] // STRETCH))
     # not what is kept for decode steps: it may be some megabytes
-    scratch = torch.empty(extension().affine_workspace(tensors, split, threads), dtype=torch.uint8)
+    scratch = torch.empty(extension().affine_workspace(tensors, split, threads), dtype=torch.uint8, device="cpu")
     extension().affine(tensors | {"workspace": view(scratch)}, split, threads)

@@ -23,41 +23,45 @@ CAST = (torch.float32, torch.bfloat16, torch.float16)
 class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return kernels.product(x, weight.t(), bias, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         (x, weight), (needs_x, needs_weight, needs_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        # what is to be differentiated once more is torch's; sums over tokens are kept in float32
-        again = torch.is_grad_enabled()
-        acc, dx, dweight, dbias = accumulator(x.dtype), None, None, None
+        # what is to be differentiated once more, or stands for many, is torch's
+        many = torch._C._functorch.is_legacy_batchedtensor(grad)
+        ours = not torch.is_grad_enabled() and readable(grad) and not many
+        dx, dweight, dbias = None, None, None
         if needs_x:
-            dx = grad @ weight if again else kernels.product(grad, weight, None, x.dtype)
-        if needs_weight and again:
-            dweight = grad.t() @ x
+            dx = kernels.product(grad, weight, None, grad.dtype) if ours else grad @ weight
+        if needs_weight and ours:
+            # a sum over tokens stays in float32 (float64) until its end
+            options = {"dtype": accumulator(grad.dtype), "split": grad.shape[1] * x.shape[1] <= SPLIT}
+            dweight = kernels.product(grad.t(), x, None, **options).to(grad.dtype)
         elif needs_weight:
-            split = weight.numel() <= SPLIT
-            dweight = kernels.product(grad.t(), x, None, acc, split=split).to(weight.dtype)
+            dweight = grad.t() @ x
         if needs_bias:
-            dbias = grad.sum(0, dtype=acc).to(grad.dtype)
+            # torch sums an expanded gradient in an order that depends on the threads
+            dbias = (grad.contiguous() if 0 in grad.stride() else grad).sum(0)
         return dx, dweight, dbias
 
 
 def _ours(x: Tensor, weight: Tensor, bias: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether our tiles take this call. Whatever is odd about it is torch's to compute, or to refuse."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    # asked first: it is what most small calls fail
-    rows = x.numel() // max(weight.shape[-1], 1)
+    if torch.jit.is_tracing() or x.is_nested or x.dim() < 2 or weight.dim() != 2:
+        return False
+    # of one sequence: what else is in the batch must not choose the engine
+    rows = x.shape[-2]
     if rows < ROWS or rows * weight.numel() < PRODUCTS or x.device.type != "cpu":
         return False
+    tensors = (x, weight) if bias is None else (x, weight, bias)
     if not readable(*tensors) or native.missing() is not None:
         return False
     if any(t.layout != torch.strided or t.device != x.device for t in tensors):
         return False
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        return False
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     return all(t.dtype in dtypes for t in tensors)
 
@@ -65,13 +69,17 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None, dtypes: tuple[torch.dt
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, weight, bias)`.
 
-    x: `[..., K]`, weight: `[N, K]`, bias: `[N]` -> `[..., N]`; one dtype, or autocast's.
+    x: `[..., L, K]`, weight: `[N, K]`, bias: `[N]` -> `[..., L, N]`; one dtype, or autocast's.
 
-    On CPUs with the compiled kernels, calls of some size run in register tiles: float32, bfloat16, float16 (summed in
-    float32, also the gradients) and float64. A row's bits depend on no other row, and no bits on the number of threads.
-    All others, those that torch.compile or torch.func look into, and second derivatives are torch's own, errors
-    included.
+    On CPUs with the compiled kernels, calls of some length run in register tiles: float32, bfloat16, float16 (summed in
+    float32, also the gradients) and float64. There a row's bits depend on no other row, and none on the number of
+    threads. All other calls, those that torch.compile, torch.func or a dispatch mode look into, and second derivatives
+    are torch's own, errors included; a module that must compute the same bits twice, such as a branch of an exact
+    `ReversibleBlock`, has to run under the same modes both times.
     """
+    # asked before a size is, which would become a condition of the graph
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     casts = torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64
     if not _ours(x, weight, bias, CAST if casts else (x.dtype,) if x.dtype in _check.DTYPES else ()):
         return F.linear(x, weight, bias)
