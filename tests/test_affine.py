@@ -175,6 +175,7 @@ def test_autocast_is_torchs(small):
         results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])])
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
+        # y and its gradient are rounded to bfloat16 (2^-8) on both sides, and may fall to either neighbour
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
 
 
@@ -219,9 +220,11 @@ def test_batches_of_gradients(small):
         torch.testing.assert_close(a, torch.stack(b))
 
 
-def test_what_else_is_in_the_batch_changes_no_bit():
-    layer, x = Affine(256, 512), draw((4, 700, 256))[0]
+def test_what_else_is_in_the_batch_changes_no_bit(monkeypatch):
+    layer, x = Affine(256, 512), draw((4, 2048, 256))[0]
     assert_same_bits("alone", layer(x[:1]), layer(x)[:1])
+    # many rows in all, but short sequences: which bits torch's product gives a row is torch's affair
+    assert calls_of(monkeypatch, lambda: layer(x[:, :700]))[0] == 0
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

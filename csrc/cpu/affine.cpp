@@ -1,7 +1,7 @@
 // out = a b + bias for matrices of any size. Blocks of both factors are copied to where a tile reads them in order: b in
 // panels as wide as a tile, a in blocks of rows. Workers share the panels and each take some rows and columns of out; or,
-// where the depth is the length of a sequence, each takes a stretch of it. How a sum is cut depends on the depth and on
-// the columns alone, so a row's bits do not depend on the other rows, nor any on the threads.
+// where the depth is the length of a sequence, each takes a stretch of it. How a sum is cut depends on the depth
+// alone, so a row's bits do not depend on the other rows, nor any on the threads.
 #include "affine.h"
 
 #include "kernels.h"
